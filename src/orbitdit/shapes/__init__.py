@@ -1,0 +1,11 @@
+"""The embedded world: 64x64 scenes of coloured shapes, prompts about them, and an exact judge.
+
+A prompt says which objects a picture must hold (`prompts`), a scene is one way to draw it (`scenes`), the
+detector reads the objects back from pixels and says whether a picture keeps its prompt (`detector`), and
+the pipeline (`pipeline`, which needs diffusers) generates pictures with the trained model in `model/`.
+"""
+
+from pathlib import Path
+
+MODEL_DIR = Path(__file__).parent / "model"
+"""Folder of the embedded pipeline, in diffusers' layout."""
