@@ -163,6 +163,7 @@ def main() -> None:
 
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its compiled backward faults on an H200 with torch 2.11
         net.transformer.compile_repeated_blocks(dynamic=False)
     note(
         parameters=sum(p.numel() for p in net.transformer.parameters()),

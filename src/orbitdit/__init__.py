@@ -1,0 +1,49 @@
+"""orbitdit: diffusion transformers with 2- to 4-bit weights and activations, without calibration.
+
+    import orbitdit
+    plan = orbitdit.quantize_(pipe.transformer, orbitdit.OrbitQuantConfig("w4a4"))
+
+The method is OrbitQuant (arXiv 2607.02461). A tensor's way through the package: checkpoint, plan, rotate,
+encode, pack, save and load, linear, pipeline, report.
+"""
+
+from orbitdit.codebook import Codebook, lloyd_max
+from orbitdit.config import OrbitQuantConfig
+from orbitdit.errors import (
+    CheckpointError,
+    ConfigError,
+    DependencyError,
+    ModelError,
+    OrbitDiTError,
+    TensorError,
+)
+from orbitdit.integrations import register_on_import
+from orbitdit.linear import Int4Linear, OrbitLinear
+from orbitdit.model import dequantize_, plan, quantize_
+from orbitdit.policy import LayerPlan, Plan
+from orbitdit.rotation import Rotation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Codebook",
+    "ConfigError",
+    "DependencyError",
+    "Int4Linear",
+    "LayerPlan",
+    "ModelError",
+    "OrbitDiTError",
+    "OrbitLinear",
+    "OrbitQuantConfig",
+    "Plan",
+    "Rotation",
+    "TensorError",
+    "__version__",
+    "dequantize_",
+    "lloyd_max",
+    "plan",
+    "quantize_",
+]
+
+register_on_import()

@@ -1,0 +1,102 @@
+"""One fixed Lloyd-Max codebook for each (dim, bits): no data, no timestep, no prompt.
+
+A coordinate of a uniformly random unit vector in R^d has the density f(z) ~ (1 - z^2)^((d-3)/2) on [-1, 1],
+close to N(0, 1/d). `lloyd_max` gives its optimal 2^bits-level quantizer: every centroid is the mean of its
+cell, every boundary the midpoint of its neighbours. Source: OrbitQuant, arXiv 2607.02461.
+
+Masses and means of cells have closed forms (an incomplete beta function, and (1 - z^2)^((d-1)/2)), so the
+conditions are solved by Newton's method on the positive half; the Jacobian is tridiagonal. A few digits are
+all that Lloyd's iteration would reach at 8 bits, where it converges too slowly.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.linalg import solve_banded
+from scipy.special import betainc, gammaln, ndtri
+from torch import Tensor
+
+from orbitdit.errors import ConfigError
+
+MAX_BITS = 8
+
+
+class Codebook(NamedTuple):
+    """`centroids` (2^b,) ascending and `boundaries` (2^b - 1,) between them, fp64 on the CPU."""
+
+    centroids: Tensor
+    boundaries: Tensor
+
+
+@lru_cache(maxsize=64)
+def lloyd_max(dim: int, bits: int) -> Codebook:
+    """The Lloyd-Max quantizer of one coordinate of a random unit vector in R^dim, at `bits` (1..8) bits.
+
+    Treat the tensors as constants: they are shared. Raises ConfigError for other arguments.
+    """
+    if dim < 1:
+        raise ConfigError(f"dim={dim} is not a dimension; a codebook needs dim >= 1")
+    if bits not in range(1, MAX_BITS + 1):
+        raise ConfigError(f"bits={bits} is not supported; a codebook has 1 to {MAX_BITS} bits")
+    if dim == 1:  # the only unit vectors are +1 and -1: any levels that hold both are exact
+        half = np.linspace(0, 1, 2 ** (bits - 1) + 1)[1:]
+    else:
+        half = _solve(dim, 2 ** (bits - 1))
+    centroids = torch.from_numpy(np.concatenate([-half[::-1], half]))
+    return Codebook(centroids, (centroids[1:] + centroids[:-1]) / 2)
+
+
+@lru_cache(maxsize=256)
+def codebook_on(dim: int, bits: int, device: torch.device, dtype: torch.dtype) -> Codebook:
+    """`lloyd_max(dim, bits)` rounded to `dtype` on `device`."""
+    return Codebook(*(t.to(device, dtype) for t in lloyd_max(dim, bits)))
+
+
+def nearest(x: Tensor, boundaries: Tensor) -> Tensor:
+    """Codes of the nearest centroids, uint8 of the shape of `x`; a value on a boundary takes the lower one."""
+    return torch.bucketize(x, boundaries, out_int32=True).to(torch.uint8)
+
+
+def _solve(dim: int, levels: int) -> np.ndarray:
+    """The `levels` positive centroids of the symmetric quantizer with 2 * `levels` levels."""
+    log_constant = gammaln(dim / 2) - gammaln((dim - 1) / 2) - 0.5 * np.log(np.pi)
+
+    def density(z: np.ndarray) -> np.ndarray:
+        return np.exp(log_constant + (dim - 3) / 2 * np.log1p(-(z**2)))
+
+    def cells(c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inner boundaries, and mass and mean of each cell; the outermost cell ends at 1."""
+        inner = (c[1:] + c[:-1]) / 2
+        edges = np.concatenate([[0.0], inner, [1.0]])
+        tail = 0.5 * betainc((dim - 1) / 2, 0.5, 1 - edges**2)
+        moment = np.exp(log_constant) / (dim - 1) * (1 - edges**2) ** ((dim - 1) / 2)
+        mass = -np.diff(tail)
+        return inner, mass, -np.diff(moment) / mass
+
+    # the density of an optimal quantizer's points goes as f^(1/3): a Gaussian of variance 3/d
+    c = np.minimum(ndtri(0.5 + (np.arange(levels) + 0.5) / (2 * levels)) * np.sqrt(3 / dim), 1)
+    c = c if c[-1] < 0.9 else (np.arange(levels) + 0.5) / levels
+    for _ in range(20):
+        c = cells(c)[2]
+    for _ in range(40):
+        inner, mass, mean = cells(c)
+        f = density(inner)
+        by_upper = np.concatenate([f * (inner - mean[:-1]) / mass[:-1], [0.0]])
+        by_lower = np.concatenate([[0.0], f * (mean[1:] - inner) / mass[1:]])
+        band = np.zeros((3, levels))
+        band[0, 1:] = -by_upper[:-1] / 2
+        band[1] = 1 - (by_upper + by_lower) / 2
+        band[2, :-1] = -by_lower[1:] / 2
+        step = solve_banded((1, 1), band, mean - c)
+        while not _ascending(c + step):
+            step = step / 2
+        c = c + step
+        if np.abs(step).max() <= 1e-14 * c[-1]:
+            break
+    return c
+
+
+def _ascending(c: np.ndarray) -> bool:
+    return bool(c[0] > 0 and c[-1] < 1 and (np.diff(c) > 0).all())

@@ -1,0 +1,184 @@
+"""The two layers that a quantized model is made of.
+
+Both hold packed codes and scales as parameters without gradient (offloading moves parameters, not buffers),
+are subclasses of `nn.Linear` (PEFT adapts nothing else), and show a `weight` of the right shape, dtype and
+device that stores one number: enough for code that looks at a layer's weight without using its values.
+
+The forward pass is the method's definition in plain torch. With n_i and t the norms of row i and of the token,
+
+    y_i = n_i * t * <c_W(i), c_A> + bias_i        (OrbitQuant, arXiv 2607.02461)
+"""
+
+import torch
+from torch import Tensor, nn
+
+from orbitdit.codebook import codebook_on, nearest
+from orbitdit.errors import TensorError
+from orbitdit.packing import packed_width, unpack
+from orbitdit.quantize import (
+    GROUP,
+    QuantizedWeight,
+    dequantize_int4,
+    dequantize_weight,
+    quantize_int4,
+    quantize_weight,
+)
+from orbitdit.rotation import rotation
+
+EPSILON = 1e-10
+
+
+def encode_tokens(x: Tensor, bits: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes (..., d) uint8 and norms (..., 1) fp32 of tokens `x` (..., d) in any floating dtype.
+
+    The codes are the nearest centroids of R x / (||x|| + 1e-10), all in fp32.
+    """
+    unit, norm = _normalize(x)
+    boundaries = codebook_on(x.shape[-1], bits, x.device, torch.float32).boundaries
+    return nearest(rotation(x.shape[-1], seed).apply(unit), boundaries), norm
+
+
+def _normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / (||x|| + 1e-10) and ||x||, in fp32; the norm neither overflows nor underflows where it exists."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    norm = largest * (x / largest.where(largest > 0, 1)).norm(dim=-1, keepdim=True)
+    return x / (norm + EPSILON), norm
+
+
+class _PackedLinear(nn.Linear):
+    """What both layers share: `codes` (out, bytes) uint8, `scales` (out, ...) bf16, `bias` (out,) or None."""
+
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None, quantized: QuantizedWeight):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.codes = nn.Parameter(quantized.codes, requires_grad=False)
+        self.scales = nn.Parameter(quantized.scales, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A stand-in of shape (out, in) over one stored number; use `dequantize` for the values."""
+        return self.scales.detach().flatten()[:1, None].expand(self.out_features, self.in_features)
+
+    def dequantize(self) -> Tensor:
+        """The weight (out, in) in fp32 that the codes stand for."""
+        raise NotImplementedError
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary `nn.Linear` with the dequantized weight and the bias in `dtype`."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dequantize().to(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype))
+        return linear
+
+    def _check_input(self, x: Tensor) -> None:
+        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
+            raise TensorError(
+                f"{self}: the input must be floating-point with width {self.in_features}; got {x.dtype} of shape "
+                f"{tuple(x.shape)}"
+            )
+
+
+def _empty(rows: int, dim: int, bits: int, scales: tuple[int, ...], device) -> QuantizedWeight:
+    codes = torch.empty(rows, packed_width(dim, bits), dtype=torch.uint8, device=device)
+    return QuantizedWeight(codes, torch.empty(scales, dtype=torch.bfloat16, device=device))
+
+
+class OrbitLinear(_PackedLinear):
+    """A linear layer with `weight_bits` codes and one bf16 scale a row, on activations of `activation_bits`.
+
+    Made by `from_linear`, or empty (to load a state dict into) by the constructor. `forward` takes (..., in) in
+    fp32, bf16 or fp16, accumulates in fp32 and gives (..., out) in the input's dtype. It raises TensorError for
+    other inputs.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: Tensor | None = None,
+        *,
+        weight_bits: int,
+        activation_bits: int,
+        seed: int = 0,
+        quantized: QuantizedWeight | None = None,
+        device: torch.device | str | None = None,
+    ):
+        quantized = quantized or _empty(out_features, in_features, weight_bits, (out_features,), device)
+        super().__init__(in_features, out_features, bias, quantized)
+        self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, weight_bits: int, activation_bits: int, seed: int = 0, name: str = "weight"
+    ) -> "OrbitLinear":
+        """Quantize `linear`, on its device; its bias is shared. Raises as `quantize_weight` does."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            seed=seed,
+            quantized=quantize_weight(linear.weight, weight_bits, seed, name),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        d, seed = self.in_features, self.seed
+        if self.activation_bits == 16:
+            token, norm = rotation(d, seed).apply(x.float()), 1.0
+        else:
+            codes, norm = encode_tokens(x, self.activation_bits, seed)
+            token = codebook_on(d, self.activation_bits, x.device, torch.float32).centroids[codes.int()]
+        centroids = codebook_on(d, self.weight_bits, x.device, torch.float32).centroids
+        rows = centroids[unpack(self.codes, self.weight_bits, d).int()]
+        y = (token @ rows.T) * norm * self.scales.float()
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+    def dequantize(self) -> Tensor:
+        return dequantize_weight(
+            QuantizedWeight(self.codes, self.scales), self.weight_bits, self.in_features, self.seed
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, W{self.weight_bits}A{self.activation_bits}"
+
+
+class Int4Linear(_PackedLinear):
+    """A weight-only INT4 layer in groups of 64 inputs, for AdaLN modulation; the activations stay as they are.
+
+    Made and loaded as `OrbitLinear`; raises TensorError for inputs that are not floating-point (..., in).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: Tensor | None = None,
+        *,
+        quantized: QuantizedWeight | None = None,
+        device: torch.device | str | None = None,
+    ):
+        groups = -(-in_features // GROUP)
+        quantized = quantized or _empty(out_features, in_features, 4, (out_features, groups), device)
+        super().__init__(in_features, out_features, bias, quantized)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, name: str = "weight") -> "Int4Linear":
+        """Quantize `linear`, on its device; its bias is shared. Raises as `quantize_int4` does."""
+        quantized = quantize_int4(linear.weight, name)
+        return cls(linear.in_features, linear.out_features, linear.bias, quantized=quantized)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.dequantize().to(x.dtype), bias)
+
+    def dequantize(self) -> Tensor:
+        return dequantize_int4(QuantizedWeight(self.codes, self.scales), self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, INT4"

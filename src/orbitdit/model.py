@@ -1,0 +1,111 @@
+"""Quantize a model in place, and undo it.
+
+`quantize_` checks everything first and changes the model only when nothing can go wrong any more; each
+`nn.Linear` named by the plan becomes an `OrbitLinear` or an `Int4Linear`. The plan is a function of the
+model's layer names and shapes and the configuration (see `policy`), whichever way a model is quantized.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from rich.progress import track
+from torch import nn
+
+from orbitdit.config import OrbitQuantConfig
+from orbitdit.errors import ModelError
+from orbitdit.linear import Int4Linear, OrbitLinear, _PackedLinear
+from orbitdit.policy import Layer, LayerPlan, Plan, build_plan
+from orbitdit.quantize import check_weight
+
+
+def plan(model: nn.Module, config: OrbitQuantConfig) -> Plan:
+    """What `quantize_(model, config)` would do: one row for each linear layer. The model may be on the meta device.
+
+    Raises ModelError when the model is quantized already or has nothing to quantize.
+    """
+    if any(isinstance(module, _PackedLinear) for module in model.modules()):
+        raise ModelError(f"{type(model).__name__} is quantized already: load the full-precision model instead")
+    layers = [
+        Layer(name, m.in_features, m.out_features, m.bias is not None, m.weight.element_size())
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear  # a subclass may use its weight in ways of its own
+    ]
+    found = build_plan(type(model).__name__, layers, config)
+    if not found.select("quantize", "int4"):
+        raise ModelError(
+            f"{type(model).__name__} has nothing to quantize: none of its {len(layers)} linear layers fits"
+        )
+    return found
+
+
+@torch.no_grad()
+def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True) -> Plan:
+    """Quantize `model` in place, layer by layer on each layer's device, and return the plan that was carried out.
+
+    Raises ModelError as `plan` does, and TensorError, naming the weight, for NaN or Inf or weights without data;
+    the model is unchanged then.
+    """
+    found = plan(model, config)
+    todo = found.select("quantize", "int4")
+    for row in todo:
+        check_weight(model.get_submodule(row.name).weight, f"{row.name}.weight")
+    rows: Iterable[LayerPlan] = todo
+    if progress:
+        rows = track(todo, description=f"Quantizing to {config.label}", transient=True)
+    for row in rows:
+        replace_module(model, row.name, quantize_layer(model.get_submodule(row.name), row, config.seed))
+    if hasattr(model, "register_to_config"):  # diffusers: what save_pretrained writes and .to(dtype) asks
+        model.register_to_config(quantization_config=config)
+        model.is_quantized, model.quantization_method = True, config.quant_method
+    return found
+
+
+@torch.no_grad()
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Turn the quantized layers of `model` back into `nn.Linear`, in place, and return it.
+
+    Weights become what the codes stand for, in the dtype of the model's other parameters: the quantization
+    error stays. Raises ModelError when the model is not quantized.
+    """
+    packed = dict(packed_layers(model))
+    if not packed:
+        raise ModelError(f"{type(model).__name__} is not quantized: there is nothing to undo")
+    inside = {id(p) for layer in packed.values() for p in (layer.codes, layer.scales)}
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in inside)
+    dtype = next(dtypes, torch.bfloat16)
+    for name, layer in packed.items():
+        replace_module(model, name, layer.to_linear(dtype))
+    if hasattr(model, "register_to_config"):  # diffusers has no public way to take an entry out of a config
+        entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = type(model.config)(entries)
+        model.is_quantized, model.hf_quantizer = False, None
+    return model
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, OrbitLinear | Int4Linear]]:
+    """Names and modules of the quantized layers of `model`."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, OrbitLinear | Int4Linear))
+
+
+def quantize_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | Int4Linear:
+    """The quantized layer that `row` asks for."""
+    name = f"{row.name}.weight"
+    if row.action == "int4":
+        return Int4Linear.from_linear(linear, name)
+    return OrbitLinear.from_linear(linear, row.weight_bits, row.activation_bits, seed, name)
+
+
+def empty_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | Int4Linear:
+    """A layer as `quantize_layer` makes, without values, on the device of `linear`: to load a checkpoint into."""
+    size, device = (row.in_features, row.out_features, linear.bias), linear.weight.device
+    if row.action == "int4":
+        return Int4Linear(*size, device=device)
+    bits = {"weight_bits": row.weight_bits, "activation_bits": row.activation_bits}
+    return OrbitLinear(*size, **bits, seed=seed, device=device)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place that `name` names; train or eval mode is carried over."""
+    parent, _, leaf = name.rpartition(".")
+    module.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), leaf, module)

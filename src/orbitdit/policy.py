@@ -1,0 +1,204 @@
+"""Which layer gets what: module names and shapes in, a Plan out. Rules are data; tensors are never seen.
+
+A rule is (glob, action, reason); the first that matches a layer's name decides. The user's rules come first,
+then the table of the model's class, and for a class without a table a structural rule: repeated blocks are
+quantized, modulation inside them is INT4, and everything outside them, and every embedder, is kept.
+Source: OrbitQuant, arXiv 2607.02461 (which layers), diffusers' module names.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from orbitdit.config import OrbitQuantConfig, parse_bits
+from orbitdit.packing import packed_width
+
+Rule = tuple[str, str, str]
+
+_MODULATION = "AdaLN modulation: INT4 in groups of 64"
+_BLOCK = "linear layer of a block"
+_OUTSIDE = "outside the blocks"
+GROUP = 64
+
+FAMILIES: dict[str, tuple[Rule, ...]] = {
+    "FluxTransformer2DModel": (
+        ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
+        ("transformer_blocks.*.norm1_context.linear", "int4", _MODULATION),
+        ("single_transformer_blocks.*.norm.linear", "int4", _MODULATION),
+        ("transformer_blocks.*", "quantize", _BLOCK),
+        ("single_transformer_blocks.*", "quantize", _BLOCK),
+        ("*", "keep", _OUTSIDE),
+    ),
+    "ZImageTransformer2DModel": (
+        ("layers.*.adaLN_modulation.0", "int4", _MODULATION),
+        ("noise_refiner.*.adaLN_modulation.0", "int4", _MODULATION),
+        ("layers.*", "quantize", _BLOCK),
+        ("noise_refiner.*", "quantize", _BLOCK),
+        ("context_refiner.*", "quantize", _BLOCK),
+        ("*", "keep", _OUTSIDE),
+    ),
+    "WanTransformer3DModel": (
+        ("blocks.*", "quantize", _BLOCK),
+        ("*", "keep", _OUTSIDE),
+    ),
+    "CogVideoXTransformer3DModel": (
+        ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
+        ("transformer_blocks.*.norm2.linear", "int4", _MODULATION),
+        ("transformer_blocks.*", "quantize", _BLOCK),
+        ("*", "keep", _OUTSIDE),
+    ),
+}
+
+_EMBEDDER = re.compile(r"embed|(^|\.)emb(\.|$)")
+_MODULATION_NAME = re.compile(r"(^|[._])(ada|mod|norm)", re.IGNORECASE)
+
+
+class Layer(NamedTuple):
+    """What the policy sees of a linear layer; `itemsize` is the bytes of one stored weight."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+    itemsize: int = 2
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's fate: `action` is "quantize", "int4" or "keep". Bytes count weight, scales and bias."""
+
+    name: str
+    in_features: int
+    out_features: int
+    action: str
+    weight_bits: int
+    activation_bits: int
+    block_size: int
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, biases not counted."""
+        return self.in_features * self.out_features
+
+    @property
+    def label(self) -> str:
+        """The fate in a word: "W4A4", "INT4" or "kept"."""
+        named = {"int4": "INT4", "keep": "kept"}
+        return named.get(self.action, f"W{self.weight_bits}A{self.activation_bits}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row for each linear layer of a model, in the model's order, and their totals."""
+
+    model: str
+    config: OrbitQuantConfig
+    layers: tuple[LayerPlan, ...]
+
+    def select(self, *actions: str) -> list[LayerPlan]:
+        """The rows with one of these actions."""
+        return [row for row in self.layers if row.action in actions]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Numbers of layers quantized, stored as INT4, and kept."""
+        quantized, int4, kept = (len(self.select(action)) for action in ("quantize", "int4", "keep"))
+        return quantized, int4, kept
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all changed layers (quantized and INT4) before."""
+        return sum(row.bytes_before for row in self.select("quantize", "int4"))
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all changed layers (quantized and INT4) after."""
+        return sum(row.bytes_after for row in self.select("quantize", "int4"))
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits (codes and scales) for each weight of the quantized layers; INT4 layers not counted."""
+        rows = self.select("quantize")
+        return 8 * sum(_coded_bytes(row) for row in rows) / max(1, sum(row.weights for row in rows))
+
+    def groups(self) -> list[tuple[str, int, LayerPlan]]:
+        """Rows that differ in block numbers alone, as (pattern, how many, one of them)."""
+        found: dict[tuple, list[LayerPlan]] = {}
+        for row in self.layers:
+            pattern = re.sub(r"\.\d+(?=\.)", ".*", row.name, count=1)
+            shape = (row.in_features, row.out_features, row.label, row.reason)
+            found.setdefault((pattern, *shape), []).append(row)
+        return [(key[0] if len(rows) > 1 else rows[0].name, len(rows), rows[0]) for key, rows in found.items()]
+
+
+def build_plan(model: str, layers: Iterable[Layer], config: OrbitQuantConfig) -> Plan:
+    """The plan for a model of class name `model` with these linear layers (in order)."""
+    layers = list(layers)
+    rules = FAMILIES.get(model) or _structural_rules([layer.name for layer in layers], layers)
+    own = tuple((glob, action, f"rule {glob!r}") for glob, action in config.rules)
+    return Plan(model, config, tuple(_decide(layer, (*own, *rules), config) for layer in layers))
+
+
+def _decide(layer: Layer, rules: Sequence[Rule], config: OrbitQuantConfig) -> LayerPlan:
+    action, reason = next((a, r) for glob, a, r in rules if fnmatchcase(layer.name, glob))
+    weight_bits, activation_bits = config.weight_bits, config.activation_bits
+    if action not in ("quantize", "int4", "keep"):
+        (weight_bits, activation_bits), action = parse_bits(action), "quantize"
+    if reason == _MODULATION and config.modulation_bits == 16:
+        action, reason = "keep", "AdaLN modulation: left alone (modulation_bits=16)"
+    if action == "int4":
+        weight_bits, activation_bits = 4, 16
+    elif action == "keep":
+        weight_bits = activation_bits = 8 * layer.itemsize
+    n, d = layer.out_features, layer.in_features
+    bias = n * layer.itemsize * layer.bias
+    before = n * d * layer.itemsize
+    after = before if action == "keep" else _coded_size(action, weight_bits, n, d)
+    return LayerPlan(
+        layer.name, d, n, action, weight_bits, activation_bits, d & -d, reason, before + bias, after + bias
+    )
+
+
+def _coded_size(action: str, weight_bits: int, rows: int, dim: int) -> int:
+    """Bytes of codes and bf16 scales."""
+    scales = -(-dim // GROUP) if action == "int4" else 1
+    return rows * (packed_width(dim, weight_bits) + 2 * scales)
+
+
+def _coded_bytes(row: LayerPlan) -> int:
+    return _coded_size(row.action, row.weight_bits, row.out_features, row.in_features)
+
+
+def _structural_rules(names: Sequence[str], layers: Sequence[Layer]) -> tuple[Rule, ...]:
+    """Rules for a class without a table, one exact name each, from repeated module lists, names and shapes."""
+    rules = []
+    for name, layer in zip(names, layers, strict=True):
+        block = _block_of(name, names)
+        if block is None:
+            rules.append((name, "keep", _OUTSIDE))
+        elif _EMBEDDER.search(name):
+            rules.append((name, "keep", "embedder inside a block"))
+        elif _is_modulation(name[len(block) :], layer):
+            rules.append((name, "int4", _MODULATION))
+        else:
+            rules.append((name, "quantize", _BLOCK))
+    return tuple((re.sub(r"([*?[])", r"[\1]", name), action, reason) for name, action, reason in rules)
+
+
+def _block_of(name: str, names: Sequence[str]) -> str | None:
+    """The outermost "prefix.N" of `name` that belongs to a repeated module list, or None."""
+    for match in re.finditer(r"\.(\d+)\.", name):
+        prefix, rest = name[: match.start()], name[match.end() :]
+        if any(re.fullmatch(rf"{re.escape(prefix)}\.(?!{match[1]}\.)\d+\.{re.escape(rest)}", other) for other in names):
+            return f"{prefix}.{match[1]}"
+    return None
+
+
+def _is_modulation(inner: str, layer: Layer) -> bool:
+    """Named as a norm or a modulation inside its block; a square layer can give no shift beside a scale."""
+    return bool(_MODULATION_NAME.search(inner)) and layer.out_features != layer.in_features

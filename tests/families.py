@@ -1,0 +1,118 @@
+"""Tiny random models of the four families, with inputs for one forward pass."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+
+class Family(NamedTuple):
+    """A model class, a tiny configuration, inputs for `forward`, and the expected plan counts."""
+
+    cls: type[nn.Module]
+    config: dict
+    inputs: Callable[[], dict]
+    counts: tuple[int, int, int]
+
+    def build(self, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        return self.cls(**self.config).eval()
+
+    def run(self, model: nn.Module) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        inputs = {k: _fill(v, generator, model.dtype) for k, v in self.inputs().items()}
+        with torch.no_grad():
+            output = model(**inputs, return_dict=False)[0]
+        return torch.stack(output) if isinstance(output, list) else output
+
+
+def _fill(value, generator: torch.Generator, dtype: torch.dtype):
+    """A tuple of sizes becomes noise, a list is filled item by item, tensors stay."""
+    if isinstance(value, tuple):
+        return torch.randn(value, generator=generator).to(dtype)
+    return [_fill(item, generator, dtype) for item in value] if isinstance(value, list) else value
+
+
+FAMILIES = {
+    "flux": Family(
+        diffusers.FluxTransformer2DModel,
+        {
+            "in_channels": 8,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 24,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        lambda: {
+            "hidden_states": (2, 12, 8),
+            "encoder_hidden_states": (2, 5, 24),
+            "pooled_projections": (2, 32),
+            "timestep": torch.tensor([0.3, 0.8]),
+            "img_ids": torch.zeros(12, 3),
+            "txt_ids": torch.zeros(5, 3),
+        },
+        (34, 6, 8),
+    ),
+    "z-image": Family(
+        diffusers.ZImageTransformer2DModel,
+        {
+            "in_channels": 16,
+            "dim": 96,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 3,
+            "n_kv_heads": 3,
+            "cap_feat_dim": 48,
+            "axes_dims": [8, 12, 12],
+            "axes_lens": [256, 32, 32],
+        },
+        lambda: {"x": [(16, 1, 8, 8)], "t": torch.tensor([0.4]), "cap_feats": [(7, 48)]},
+        (28, 3, 6),
+    ),
+    "wan": Family(
+        diffusers.WanTransformer3DModel,
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 16,
+            "freq_dim": 32,
+            "ffn_dim": 80,
+            "num_layers": 2,
+        },
+        lambda: {
+            "hidden_states": (1, 4, 2, 8, 8),
+            "timestep": torch.tensor([300]),
+            "encoder_hidden_states": (1, 6, 16),
+        },
+        (20, 0, 6),
+    ),
+    "cogvideox": Family(
+        diffusers.CogVideoXTransformer3DModel,
+        {
+            "num_attention_heads": 3,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": 16,
+            "num_layers": 2,
+            "sample_width": 8,
+            "sample_height": 8,
+            "sample_frames": 5,
+            "max_text_seq_length": 6,
+        },
+        lambda: {
+            "hidden_states": (1, 2, 4, 8, 8),
+            "encoder_hidden_states": (1, 6, 16),
+            "timestep": torch.tensor([500]),
+        },
+        (12, 4, 5),
+    ),
+}
