@@ -40,10 +40,9 @@ def lloyd_max(dim: int, bits: int) -> Codebook:
         raise ConfigError(f"dim={dim} is not a dimension; a codebook needs dim >= 1")
     if bits not in range(1, MAX_BITS + 1):
         raise ConfigError(f"bits={bits} is not supported; a codebook has 1 to {MAX_BITS} bits")
-    if dim == 1:  # the only unit vectors are +1 and -1: any levels that hold both are exact
-        half = np.linspace(0, 1, 2 ** (bits - 1) + 1)[1:]
-    else:
-        half = _solve(dim, 2 ** (bits - 1))
+    levels = 2 ** (bits - 1)
+    # in R^1 the only unit vectors are +1 and -1: any levels that hold both are exact
+    half = np.arange(1, levels + 1) / levels if dim == 1 else _solve(dim, levels)
     centroids = torch.from_numpy(np.concatenate([-half[::-1], half]))
     return Codebook(centroids, (centroids[1:] + centroids[:-1]) / 2)
 
