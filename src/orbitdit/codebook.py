@@ -55,7 +55,17 @@ def codebook_on(dim: int, bits: int, device: torch.device, dtype: torch.dtype) -
 
 def nearest(x: Tensor, boundaries: Tensor) -> Tensor:
     """Codes of the nearest centroids, uint8 of the shape of `x`; a value on a boundary takes the lower one."""
-    return torch.bucketize(x, boundaries, out_int32=True).to(torch.uint8)
+    if len(boundaries) > 15:
+        return torch.bucketize(x, boundaries, out_int32=True).to(torch.uint8)
+    codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+    for boundary in boundaries:  # up to 4 bits, a few passes of compares beat a binary search for each value
+        codes += (x > boundary).view(torch.uint8)
+    return codes
+
+
+def look_up(codes: Tensor, centroids: Tensor) -> Tensor:
+    """The centroids that `codes` name, in their dtype."""
+    return centroids.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _solve(dim: int, levels: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orbitdit.codebook import codebook_on, nearest
+from orbitdit.codebook import codebook_on, look_up, nearest
 from orbitdit.errors import TensorError
 from orbitdit.packing import pack, packed_width, unpack
 from orbitdit.rotation import rotation
@@ -59,8 +59,8 @@ def quantize_weight(weight: Tensor, bits: int, seed: int = 0, name: str = "weigh
 
 def dequantize_weight(quantized: QuantizedWeight, bits: int, dim: int, seed: int = 0) -> Tensor:
     """The weight (rows, dim) in fp32 that the codes stand for, rotated back."""
-    values = codebook_on(dim, bits, quantized.codes.device, torch.float32).centroids
-    rotated = values[unpack(quantized.codes, bits, dim).int()] * quantized.scales.float()[:, None]
+    centroids = codebook_on(dim, bits, quantized.codes.device, torch.float32).centroids
+    rotated = look_up(unpack(quantized.codes, bits, dim), centroids) * quantized.scales.float()[:, None]
     return rotation(dim, seed).inverse(rotated)
 
 
