@@ -111,7 +111,7 @@ def loss_of(net: nn.Module, batch: tuple[Tensor, Tensor, torch.Generator], ids: 
     return (velocity.float() - (noise - x)).square().mean()
 
 
-def export(net: Net, shift: float = 1.0) -> ShapesPipeline:
+def export(net: Net, shift: float = 2.0) -> ShapesPipeline:
     return ShapesPipeline(net.transformer, net.text_encoder, FlowMatchEulerDiscreteScheduler(shift=shift))
 
 
@@ -132,7 +132,7 @@ def score(pipeline: ShapesPipeline, per_category: int, batch: int = 600, **optio
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=14_000, help="optimizer steps in all")
+    parser.add_argument("--steps", type=int, default=6933, help="optimizer steps in all")
     parser.add_argument("--batch", type=int, default=768, help="pictures in a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds until a checkpointed stop")

@@ -7,12 +7,16 @@ beside the target and renames at the end.
 
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from orbitdit.errors import CheckpointError
@@ -42,11 +46,10 @@ def check_folder(folder: str | os.PathLike) -> list[Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: name a model folder")
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged: download or copy it again") from error
-        for shard in named:
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise CheckpointError(f"{index} has no weight_map: download or copy it again")
+        for shard in sorted(set(shards.values())):
             check_file(folder / shard)
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
@@ -81,3 +84,46 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def find_model(model: str | None, default: Path, weights: bool = True) -> Path:
+    """The folder of `model`: a folder, a hub id such as "org/name" (downloaded; without `weights` only its
+    configuration files), or `default` for None. Raises CheckpointError when there is no such model."""
+    if model is None:
+        return default
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise CheckpointError(f"{model} is no folder and no hub id: name a model folder or an id such as 'org/name'")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"] if weights else ["*.json"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises errors of several libraries
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{model} is no folder, and cannot be fetched from the hub: {reason}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises CheckpointError when it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} is missing: name a model folder in diffusers' layout") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: download or copy the model again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object: download or copy the model again")
+    return values
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The floating dtype that most tensors of a model folder are stored in; fp32 when it holds none."""
+    names: Counter[str] = Counter()
+    for path in check_folder(folder):
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            names.update(file.get_slice(key).get_dtype() for key in keys)
+    floats = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return next((floats[name] for name, _ in names.most_common() if name in floats), torch.float32)

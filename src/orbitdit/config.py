@@ -60,8 +60,8 @@ class OrbitQuantConfig:
     """
 
     bits: dataclasses.InitVar[str | None] = None
-    weight_bits: int | None = None
-    activation_bits: int | None = None
+    weight_bits: int = None  # type: ignore[assignment]  # settled by __post_init__
+    activation_bits: int = None  # type: ignore[assignment]
     modulation_bits: int = 4
     seed: int = 0
     rules: Sequence[tuple[str, str]] = ()
@@ -71,14 +71,12 @@ class OrbitQuantConfig:
         if bits is not None and given:
             raise ConfigError("give either bits ('w4a4') or weight_bits and activation_bits, not both")
         weight_bits, activation_bits = parse_bits(bits) if bits is not None else (4, 4)
-        values = {
-            "weight_bits": weight_bits if self.weight_bits is None else self.weight_bits,
-            "activation_bits": activation_bits if self.activation_bits is None else self.activation_bits,
-            "rules": tuple(_check_rule(rule) for rule in self.rules),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        _check_bits(values["weight_bits"], values["activation_bits"])
+        if self.weight_bits is None:
+            object.__setattr__(self, "weight_bits", weight_bits)
+        if self.activation_bits is None:
+            object.__setattr__(self, "activation_bits", activation_bits)
+        object.__setattr__(self, "rules", tuple(_check_rule(rule) for rule in self.rules))
+        _check_bits(self.weight_bits, self.activation_bits)
         if self.modulation_bits not in (4, 16):
             raise ConfigError(f"modulation_bits={self.modulation_bits!r} is not supported; choose 4 or 16")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:

@@ -56,7 +56,7 @@ class _PackedLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.codes = nn.Parameter(quantized.codes, requires_grad=False)
         self.scales = nn.Parameter(quantized.scales, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

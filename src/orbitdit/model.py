@@ -6,6 +6,7 @@ model's layer names and shapes and the configuration (see `policy`), whichever w
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -48,15 +49,13 @@ def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True)
     found = plan(model, config)
     todo = found.select("quantize", "int4")
     for row in todo:
-        check_weight(model.get_submodule(row.name).weight, f"{row.name}.weight")
+        check_weight(linear_named(model, row.name).weight, f"{row.name}.weight")
     rows: Iterable[LayerPlan] = todo
     if progress:
         rows = track(todo, description=f"Quantizing to {config.label}", transient=True)
     for row in rows:
-        replace_module(model, row.name, quantize_layer(model.get_submodule(row.name), row, config.seed))
-    if hasattr(model, "register_to_config"):  # diffusers: what save_pretrained writes and .to(dtype) asks
-        model.register_to_config(quantization_config=config)
-        model.is_quantized, model.quantization_method = True, config.quant_method
+        replace_module(model, row.name, quantize_layer(linear_named(model, row.name), row, config.seed))
+    _tell_diffusers(model, config)
     return found
 
 
@@ -75,16 +74,20 @@ def dequantize_(model: nn.Module) -> nn.Module:
     dtype = next(dtypes, torch.bfloat16)
     for name, layer in packed.items():
         replace_module(model, name, layer.to_linear(dtype))
-    if hasattr(model, "register_to_config"):  # diffusers has no public way to take an entry out of a config
-        entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
-        model._internal_dict = type(model.config)(entries)
-        model.is_quantized, model.hf_quantizer = False, None
+    _tell_diffusers(model, None)
     return model
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, OrbitLinear | Int4Linear]]:
     """Names and modules of the quantized layers of `model`."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, OrbitLinear | Int4Linear))
+
+
+def linear_named(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of `model` that `name` names."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
 
 
 def quantize_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | Int4Linear:
@@ -100,8 +103,8 @@ def empty_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | I
     size, device = (row.in_features, row.out_features, linear.bias), linear.weight.device
     if row.action == "int4":
         return Int4Linear(*size, device=device)
-    bits = {"weight_bits": row.weight_bits, "activation_bits": row.activation_bits}
-    return OrbitLinear(*size, **bits, seed=seed, device=device)
+    bits, activation_bits = row.weight_bits, row.activation_bits
+    return OrbitLinear(*size, weight_bits=bits, activation_bits=activation_bits, seed=seed, device=device)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -109,3 +112,17 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     module.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def _tell_diffusers(model: Any, config: OrbitQuantConfig | None) -> None:
+    """Set what a diffusers model's `save_pretrained` writes and its `to(dtype)` asks; other models are left alone."""
+    if not hasattr(model, "register_to_config"):
+        return
+    model.is_quantized = config is not None
+    if config is not None:
+        model.register_to_config(quantization_config=config)
+        model.quantization_method = config.quant_method
+    else:  # there is no public way to take an entry out
+        entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = type(model.config)(entries)
+        model.hf_quantizer = None

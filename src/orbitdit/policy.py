@@ -17,9 +17,9 @@ from orbitdit.packing import packed_width
 
 Rule = tuple[str, str, str]
 
-_MODULATION = "AdaLN modulation: INT4 in groups of 64"
-_BLOCK = "linear layer of a block"
-_OUTSIDE = "outside the blocks"
+_MODULATION = "AdaLN modulation"
+_BLOCK = "block"
+_OUTSIDE = "outside blocks"
 GROUP = 64
 
 FAMILIES: dict[str, tuple[Rule, ...]] = {
@@ -150,7 +150,7 @@ def _decide(layer: Layer, rules: Sequence[Rule], config: OrbitQuantConfig) -> La
     if action not in ("quantize", "int4", "keep"):
         (weight_bits, activation_bits), action = parse_bits(action), "quantize"
     if reason == _MODULATION and config.modulation_bits == 16:
-        action, reason = "keep", "AdaLN modulation: left alone (modulation_bits=16)"
+        action, reason = "keep", "modulation_bits=16"
     if action == "int4":
         weight_bits, activation_bits = 4, 16
     elif action == "keep":
@@ -182,7 +182,7 @@ def _structural_rules(names: Sequence[str], layers: Sequence[Layer]) -> tuple[Ru
         if block is None:
             rules.append((name, "keep", _OUTSIDE))
         elif _EMBEDDER.search(name):
-            rules.append((name, "keep", "embedder inside a block"))
+            rules.append((name, "keep", "embedder"))
         elif _is_modulation(name[len(block) :], layer):
             rules.append((name, "int4", _MODULATION))
         else:

@@ -4,6 +4,7 @@
 loaded already, orbitdit is entered now, else right after the table is imported.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -23,9 +24,7 @@ def register_on_import() -> None:
 
 
 def _register() -> None:
-    from orbitdit.integrations.diffusers import register
-
-    register()
+    importlib.import_module("orbitdit.integrations.diffusers")  # registers itself when it has run
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from orbitdit.checkpoint import check_file
 from orbitdit.config import OrbitQuantConfig, QuantMethod
 from orbitdit.errors import CheckpointError, ConfigError, TensorError
 from orbitdit.linear import Int4Linear, OrbitLinear
-from orbitdit.model import dequantize_, empty_layer, plan, quantize_layer, replace_module
+from orbitdit.model import dequantize_, empty_layer, linear_named, plan, quantize_layer, replace_module
 from orbitdit.policy import LayerPlan
-
-PACKED_PARTS = (".codes", ".scales")
 
 
 def register() -> None:
@@ -50,19 +49,23 @@ class OrbitQuantizer(DiffusersQuantizer):
         """`from_pretrained` shows the files and tensor names before it loads: check the files, see what they hold."""
         for file in checkpoint_files:
             check_file(file)
-        self.pre_quantized = any(key.endswith(PACKED_PARTS[0]) for key in loaded_keys)
+        self.pre_quantized = any(key.endswith(".codes") for key in loaded_keys)
         return loaded_keys
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+        self, model: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         if state_dict is not None:  # from_single_file shows the tensors here, and nothing before
-            self.pre_quantized = any(key.endswith(PACKED_PARTS[0]) for key in state_dict)
+            self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
         config = self.quantization_config
+        if not isinstance(config, OrbitQuantConfig):
+            raise ConfigError(f"quantization_config is {type(config).__name__}; OrbitQuantConfig is needed")
         self.rows = {row.name: row for row in plan(model, config).select("quantize", "int4")}
         if self.pre_quantized:
             for row in self.rows.values():
-                replace_module(model, row.name, empty_layer(model.get_submodule(row.name), row, config.seed))
+                replace_module(model, row.name, empty_layer(linear_named(model, row.name), row, config.seed))
+        total = 0 if self.pre_quantized else len(self.rows)
+        self.progress = logging.tqdm(total=total, desc=f"Quantizing to {config.label}", disable=not total, leave=False)
         model.register_to_config(quantization_config=config)
 
     def check_if_quantized_param(
@@ -91,7 +94,7 @@ class OrbitQuantizer(DiffusersQuantizer):
     ) -> None:
         """Put a packed tensor in place as it is stored, or quantize an ordinary weight in its stored dtype."""
         name, _, part = param_name.rpartition(".")
-        stored, module = state_dict[param_name].to(target_device), model.get_submodule(name)
+        stored, module = state_dict[param_name].to(target_device), linear_named(model, name)
         if part != "weight":
             expected = getattr(module, part).dtype
             if stored.dtype != expected:
@@ -102,6 +105,7 @@ class OrbitQuantizer(DiffusersQuantizer):
         source.weight, source.bias = nn.Parameter(stored, requires_grad=False), module.bias
         with torch.no_grad():
             replace_module(model, name, quantize_layer(source, self.rows[name], self.quantization_config.seed))
+        self.progress.update()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """A tensor that a planned layer needs and no file has is an error, not a random initialization."""
@@ -111,6 +115,7 @@ class OrbitQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self.progress.close()
         for name in self.rows:
             if not isinstance(model.get_submodule(name), OrbitLinear | Int4Linear):
                 raise CheckpointError(
@@ -126,3 +131,6 @@ class OrbitQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         return dequantize_(model)
+
+
+register()

@@ -6,6 +6,7 @@ Euler scheduler and classifier-free guidance, as in the large models.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ class ShapesPipeline(DiffusionPipeline):
     """Pictures of coloured shapes from prompts; see `orbitdit.shapes.prompts` for the words it knows."""
 
     model_cpu_offload_seq = "text_encoder->transformer"
+    initial_noise = staticmethod(initial_noise)
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class ShapesPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str],
-        num_inference_steps: int = 16,
+        num_inference_steps: int = 12,
         guidance_scale: float = 3.0,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
@@ -137,7 +139,7 @@ class ShapesPipeline(DiffusionPipeline):
                 with_prompt, without = velocity.chunk(2)
                 velocity = without + guidance_scale * (with_prompt - without)
             x = self.scheduler.step(velocity, timestep, x, return_dict=False)[0]
-        pictures = unpatchify(x).cpu()
+        pictures: Any = unpatchify(x).cpu()
         if output_type != "pt":
             pictures = pictures.permute(0, 2, 3, 1).numpy()
         if output_type == "pil":

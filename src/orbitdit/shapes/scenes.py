@@ -20,20 +20,20 @@ TRIES = 96
 
 
 class PromptTable(NamedTuple):
-    """Prompts as integers, one row each: `count` (P,), `shape` and `colour` (P, 4; colour -1 is open), `relation`
+    """Prompts as integers, one row each: `number` (P,), `shape` and `colour` (P, 4; colour -1 is open), `relation`
     (P, 2; the direction from the second object to the first, zero for none)."""
 
-    count: Tensor
+    number: Tensor
     shape: Tensor
     colour: Tensor
     relation: Tensor
 
 
 class Scenes(NamedTuple):
-    """A batch of B scenes: `count` (B,), `shape`, `colour` (B, 4) int64, `centre` (B, 4, 2) as x, y in pixels,
-    `radius` (B, 4), `background` (B, 2, 3) RGB at both ends, `direction` (B, 2) of its gradient."""
+    """A batch of B scenes: `number` (B,) of objects; `shape`, `colour` (B, 4) int64; `centre` (B, 4, 2) as x, y in
+    pixels; `radius` (B, 4); `background` (B, 2, 3) RGB at both ends; `direction` (B, 2) of its gradient."""
 
-    count: Tensor
+    number: Tensor
     shape: Tensor
     colour: Tensor
     centre: Tensor
@@ -60,15 +60,15 @@ def sample(table: PromptTable, generator: torch.Generator) -> tuple[Scenes, Tens
     Objects are placed one after another at the first of TRIES random places that keeps clear of the earlier
     ones and, for the second object, keeps the relation (within 45 degrees of its axis).
     """
-    device = table.count.device
-    n = len(table.count)
+    device = table.number.device
+    n = len(table.number)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device)
 
     open_colour = (uniform(MAX_OBJECTS) * len(COLOURS)).long()
     colour = torch.where(table.colour < 0, open_colour, table.colour)
-    largest = torch.tensor([14.0, 14.0, 12.0, 10.5, 9.5], device=device)[table.count]
+    largest = torch.tensor([14.0, 14.0, 12.0, 10.5, 9.5], device=device)[table.number]
     radius = 6.5 + (largest[:, None] - 6.5) * uniform(MAX_OBJECTS)
     centre = torch.full((n, MAX_OBJECTS, 2), -100.0, device=device)
     placed = torch.ones(n, dtype=torch.bool, device=device)
@@ -84,19 +84,19 @@ def sample(table: PromptTable, generator: torch.Generator) -> tuple[Scenes, Tens
             along = (offset * table.relation[:, None]).sum(-1)
             fits &= (along >= offset.abs().amax(-1) - 1e-3) | (table.relation == 0).all(-1)[:, None]
         first = fits.to(torch.uint8).argmax(1)
-        used = i < table.count
+        used = i < table.number
         placed &= fits.any(1) | ~used
         centre[:, i] = torch.where(used[:, None], places[torch.arange(n, device=device), first], centre[:, i])
     level = 0.10 + 0.28 * uniform(2, 1)
     background = level + 0.10 * (uniform(2, 3) - 0.5)
     angle = 2 * torch.pi * uniform()
     direction = torch.stack([angle.cos(), angle.sin()], -1)
-    return Scenes(table.count, table.shape, colour, centre, radius, background, direction), placed
+    return Scenes(table.number, table.shape, colour, centre, radius, background, direction), placed
 
 
 def render(scenes: Scenes) -> Tensor:
     """Pictures (B, 3, 64, 64), fp32 RGB in [0, 1]."""
-    device = scenes.count.device
+    device = scenes.number.device
     axis = torch.arange(SIZE, device=device) + 0.5
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
     ramp = ((grid / SIZE - 0.5) @ scenes.direction.T).permute(2, 0, 1)[:, None] + 0.5
@@ -108,7 +108,7 @@ def render(scenes: Scenes) -> Tensor:
         distance = _distances(grid - scenes.centre[:, None, None, i], radius)
         chosen = scenes.shape[:, i, None, None, None].expand(-1, -1, SIZE, SIZE)
         coverage = (0.5 - distance.gather(1, chosen)).clamp(0, 1)
-        coverage = coverage * (i < scenes.count)[:, None, None, None]
+        coverage = coverage * (i < scenes.number)[:, None, None, None]
         picture = picture + (palette[scenes.colour[:, i], :, None, None] - picture) * coverage
     return picture
 

@@ -1,0 +1,208 @@
+"""The command line: `orbitdit plan | quantize | generate | compare`.
+
+Each command takes a model folder in diffusers' layout, a hub id, or nothing for the embedded model. Bad use
+ends with exit code 2 and one line on standard error.
+"""
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from orbitdit.checkpoint import find_model, new_folder
+from orbitdit.config import OrbitQuantConfig
+from orbitdit.errors import ConfigError, DependencyError, OrbitDiTError
+from orbitdit.shapes import MODEL_DIR
+from orbitdit.shapes.prompts import benchmark
+
+app = typer.Typer(
+    help="Quantize diffusion transformers to 2-4 bits, generate with them and compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(str, Enum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+Model = Annotated[str | None, typer.Argument(help="Model folder or hub id; the embedded model if left out.")]
+Bits = Annotated[str, typer.Option(help="Bits of weights and activations, such as w4a4, w2a4 or w4a16.")]
+RotationSeed = Annotated[int, typer.Option("--seed", help="Seed of the rotations.")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", help="GLOB=ACTION over layer names; quantize, int4, keep, or bits. Repeatable."),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if left out.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own if left out.")]
+On = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU when there is one.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt. Repeatable.")]
+NoiseSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the initial noise; picture i uses seed + i.")]
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    bits: Bits = "w4a4",
+    seed: RotationSeed = 0,
+    rule: Rules = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the plan, layer by layer, to this JSON file.")] = None,
+) -> None:
+    """Show what would happen to each linear layer; needs the model's config.json only."""
+    from orbitdit.integrations.folders import skeleton, transformers_in
+    from orbitdit.model import plan as plan_model
+    from orbitdit.report import plan_dict, plan_table, write_json
+
+    config = _config(bits, seed, rule)
+    plans = [plan_model(skeleton(path), config) for path in transformers_in(_find(model, weights=False)).values()]
+    for found in plans:
+        Console().print(plan_table(found))
+    if out is not None:
+        write_json({"plans": [plan_dict(found) for found in plans]}, out)
+
+
+@app.command()
+def quantize(
+    model: Model = None,
+    bits: Bits = "w4a4",
+    seed: RotationSeed = 0,
+    rule: Rules = None,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("quantized"),
+) -> None:
+    """Write a quantized copy of a model or a whole pipeline."""
+    from orbitdit.integrations.folders import quantize_folder
+
+    quantize_folder(_find(model), out, _config(bits, seed, rule))
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {size / 1e6:,.1f} MB")
+
+
+@app.command()
+def generate(
+    model: Model = None,
+    prompt: Prompts = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Quantize while loading, such as w4a4; as stored if left out.")
+    ] = None,
+    seed: NoiseSeed = 0,
+    rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
+    rule: Rules = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    device: On = Device.AUTO,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("pictures"),
+) -> None:
+    """Generate a picture for each prompt."""
+    from PIL import Image
+
+    from orbitdit import evaluate
+    from orbitdit.integrations.folders import load_model, load_pipeline, transformers_in
+
+    if not prompt:
+        raise ConfigError("there is nothing to generate: give at least one --prompt")
+    config = _config(bits, rotation_seed, rule) if bits else None
+    folder, where = _find(model), _device(device)
+    with new_folder(out) as scratch:
+        dtype = evaluate.compute_dtype(where)
+        pipeline = load_pipeline(folder, dtype)
+        for name, path in transformers_in(folder).items() if config else []:
+            pipeline.register_modules(**{name: load_model(path, config, dtype)})
+        pipeline.to(where)
+        pictures, seconds = evaluate.generate(pipeline, prompt, seed, **_options(steps, guidance))
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(scratch / f"{i:03d}.png")
+    print(f"{out}: {len(pictures)} pictures in {seconds:.1f} s")
+
+
+@app.command()
+def compare(
+    model: Model = None,
+    bits: Annotated[list[str] | None, typer.Option(help="A setting to compare. Repeatable; w4a4 and w2a4.")] = None,
+    prompt: Prompts = None,
+    per_category: Annotated[
+        int, typer.Option(min=1, help="Without --prompt: prompts of each of the six categories (embedded model).")
+    ] = 4,
+    seed: NoiseSeed = 0,
+    rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
+    rule: Rules = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    device: On = Device.AUTO,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("comparison"),
+) -> None:
+    """Generate the same prompts from the same noise at full precision and at each setting; grid, table, JSON."""
+    from orbitdit import evaluate
+    from orbitdit.report import picture_grid, results_dict, results_table, write_json
+
+    configs = [_config(b, rotation_seed, rule) for b in bits or ["w4a4", "w2a4"]]
+    prompts = prompt or ([p.text for p in benchmark(per_category)] if model is None else [])
+    options = _options(steps, guidance)
+    with new_folder(out) as scratch:
+        results = evaluate.compare(_find(model), configs, prompts, seed, _device(device), **options)
+        picture_grid(results, prompts).save(scratch / "grid.png", optimize=True)
+        settings = {"model": model or "embedded", "seed": seed, "rotation_seed": rotation_seed, **options}
+        write_json(results_dict(results, prompts, **settings), scratch / "results.json")
+    Console().print(results_table(results, prompts))
+    print(f"pictures: {out / 'grid.png'}   figures: {out / 'results.json'}")
+
+
+def main() -> None:
+    """Run the command line; every error is one line on standard error."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        _fail(error.format_message())
+    except OrbitDiTError as error:
+        _fail(str(error))
+    except typer.Abort:
+        _fail("interrupted")
+
+
+def _fail(message: str) -> None:
+    print(f"orbitdit: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _config(bits: str, seed: int, rules: list[str] | None) -> OrbitQuantConfig:
+    pairs = []
+    for rule in rules or []:
+        glob, separator, action = rule.partition("=")
+        if not separator:
+            raise ConfigError(f"--rule {rule!r} is not GLOB=ACTION, such as '*.ff.*=w6a6'")
+        pairs.append((glob, action))
+    return OrbitQuantConfig(bits, seed=seed, rules=tuple(pairs))
+
+
+def _find(model: str | None, weights: bool = True) -> Path:
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise DependencyError("diffusers is not installed: run pip install 'orbitdit[diffusers]'") from error
+    return find_model(model, MODEL_DIR, weights)
+
+
+def _device(device: Device) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if device is Device.CUDA and not available:
+        raise ConfigError("--device cuda: no CUDA device is available; use --device cpu")
+    return "cuda" if available and device is not Device.CPU else "cpu"
+
+
+def _options(steps: int | None, guidance: float | None) -> dict[str, Any]:
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Generate the same prompts from the same noise at several settings, and judge the pictures.
+
+Works for any diffusers pipeline folder. Pictures of the embedded world are judged by its exact detector;
+those of other models are compared with full precision by PSNR alone.
+"""
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from orbitdit.config import OrbitQuantConfig
+from orbitdit.errors import ConfigError
+from orbitdit.integrations.folders import load_model, load_pipeline, skeleton, transformers_in
+from orbitdit.metrics import psnr
+from orbitdit.model import plan
+from orbitdit.policy import Plan
+from orbitdit.shapes.detector import detect, keeps
+from orbitdit.shapes.prompts import CATEGORIES, find_prompt
+
+BATCH = 12
+FULL_PRECISION = "full precision"
+
+
+class Result(NamedTuple):
+    """One setting's pictures (N, H, W, 3) uint8 and what was measured.
+
+    `right` is None where a picture cannot be judged. `layer_bytes` are those of all layers that the plan
+    changes, counted in bf16 for full precision; `effective_bits` the stored bits (codes and scales) per quantized
+    weight; `psnr` in dB to full precision (None for itself); `seconds` of generation alone.
+    """
+
+    label: str
+    pictures: np.ndarray
+    right: list[bool | None]
+    layer_bytes: int
+    effective_bits: float
+    psnr: float | None
+    seconds: float
+
+    def scores(self, prompts: Sequence[str]) -> dict[str, float]:
+        """Share of right pictures for each category that occurs, and "overall", their mean."""
+        found = [find_prompt(text) for text in prompts]
+        scores = {}
+        for category in CATEGORIES:
+            marks = [r for p, r in zip(found, self.right, strict=True) if p and p.category == category]
+            if marks:
+                scores[category] = sum(map(bool, marks)) / len(marks)
+        return {**scores, "overall": sum(scores.values()) / len(scores)} if scores else {}
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """bf16 where the device has fast bf16 products, else fp32."""
+    if device != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def compare(
+    folder: Path,
+    configs: Sequence[OrbitQuantConfig],
+    prompts: Sequence[str],
+    seed: int = 0,
+    device: str = "cpu",
+    **options: Any,
+) -> list[Result]:
+    """Full precision first, then each of `configs`; `options` go to the pipeline's call.
+
+    Raises ConfigError without prompts, and as `load_model` and `orbitdit.plan` do, before anything is generated.
+    """
+    if not prompts:
+        raise ConfigError("there is nothing to compare: give at least one prompt")
+    components = {name: path for name, path in transformers_in(folder).items() if name}
+    plans = [[plan(skeleton(path), config) for path in components.values()] for config in configs]
+    dtype = compute_dtype(device)
+    pipeline = load_pipeline(folder, dtype).to(device)
+    pictures, seconds = generate(pipeline, prompts, seed, FULL_PRECISION, **options)
+    judge = _judge(pipeline, prompts)
+    before = sum(p.bytes_before for p in plans[0]) if plans else 0
+    results = [Result(FULL_PRECISION, pictures, judge(pictures), before, 16.0, None, seconds)]
+    for config, parts in zip(configs, plans, strict=True):
+        for name in components:
+            pipeline.register_modules(**{name: None})
+        gc.collect()
+        for name, path in components.items():
+            pipeline.register_modules(**{name: load_model(path, config, dtype).to(device)})
+        pictures, seconds = generate(pipeline, prompts, seed, config.label, **options)
+        size, bits = sum(p.bytes_after for p in parts), _effective_bits(parts)
+        distance = psnr(pictures, results[0].pictures)
+        results.append(Result(config.label, pictures, judge(pictures), size, bits, distance, seconds))
+    return results
+
+
+def generate(
+    pipeline: Any, prompts: Sequence[str], seed: int, label: str = "", **options: Any
+) -> tuple[np.ndarray, float]:
+    """One picture (the first frame, for video) for each prompt, uint8 (N, H, W, 3), and the seconds it took.
+
+    Picture i starts from the noise of seed + i, whatever the batch and the device.
+    """
+    own_noise = getattr(pipeline, "initial_noise", None)
+    pictures, started = [], time.perf_counter()
+    step = BATCH if own_noise else 1
+    for start in range(0, len(prompts), step):
+        chunk = list(prompts[start : start + step])
+        done = f"{start + len(chunk)}/{len(prompts)}"
+        pipeline.set_progress_bar_config(desc=f"{label} {done}".strip(), leave=False)
+        seeds = range(seed + start, seed + start + len(chunk))
+        noise = {"latents": own_noise(seeds)} if own_noise else {"generator": torch.Generator().manual_seed(seeds[0])}
+        output = pipeline(prompt=chunk, output_type="np", **noise, **options)
+        images = output.images if hasattr(output, "images") else [video[0] for video in output.frames]
+        pictures.append(np.rint(np.asarray(images) * 255).astype(np.uint8))
+    return np.concatenate(pictures), time.perf_counter() - started
+
+
+def _effective_bits(plans: Sequence[Plan]) -> float:
+    weights = [sum(row.weights for row in p.select("quantize")) for p in plans]
+    return float(np.average([p.effective_bits for p in plans], weights=weights))
+
+
+def _judge(pipeline: Any, prompts: Sequence[str]):
+    """A function from pictures to marks: right, wrong, or None where the world has no such prompt."""
+    known = [find_prompt(text) if hasattr(pipeline, "initial_noise") else None for text in prompts]
+
+    def judge(pictures: np.ndarray) -> list[bool | None]:
+        return [None if p is None else keeps(p, detect(x)) for p, x in zip(known, pictures, strict=True)]
+
+    return judge

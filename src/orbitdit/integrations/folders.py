@@ -1,0 +1,95 @@
+"""Models and pipelines as folders in diffusers' layout: load them, quantize them, write them."""
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from orbitdit.checkpoint import check_folder, new_folder, read_json, stored_dtype
+from orbitdit.config import OrbitQuantConfig
+from orbitdit.errors import CheckpointError, ModelError
+
+OWN_PIPELINES = {"ShapesPipeline": "orbitdit.shapes.pipeline"}
+"""Pipelines that diffusers does not know: class -> module."""
+
+
+def transformers_in(folder: Path) -> dict[str, Path]:
+    """Component names and folders of the transformers in a pipeline folder; {"": folder} for a single model."""
+    if not (folder / "model_index.json").exists():
+        read_json(folder / "config.json")
+        return {"": folder}
+    names = [name for name, value in read_json(folder / "model_index.json").items() if isinstance(value, list)]
+    found = {name: folder / name for name in names if name.startswith("transformer") and (folder / name).is_dir()}
+    if not found:
+        raise CheckpointError(f"{folder} has no transformer folder: there is nothing to quantize")
+    return found
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model that `folder/config.json` describes, in bf16 on the meta device: names and shapes, no weights.
+
+    Raises ModelError when the folder holds a quantized model.
+    """
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise ModelError(f"{folder} is quantized already: name the full-precision model instead")
+    with init_empty_weights():
+        model = _model_class(folder).from_config(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def load_model(folder: Path, config: OrbitQuantConfig | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model in `folder`, quantized while loading when `config` is given, in `dtype` or as it is stored.
+
+    Raises CheckpointError for files that are missing, damaged or pickles, and as `orbitdit.plan` does.
+    """
+    check_folder(folder)
+    if config is not None and "quantization_config" in read_json(folder / "config.json"):
+        raise ModelError(f"{folder} is quantized already: name the full-precision model instead")
+    options = {} if config is None else {"quantization_config": config}
+    return _model_class(folder).from_pretrained(
+        folder, dtype=dtype or stored_dtype(folder), use_safetensors=True, local_files_only=True, **options
+    )
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeline:
+    """The pipeline in `folder`: diffusers' own classes and those of OWN_PIPELINES."""
+    name = read_json(folder / "model_index.json").get("_class_name")
+    for component in transformers_in(folder).values():
+        check_folder(component)
+    cls = diffusers.DiffusionPipeline
+    if name in OWN_PIPELINES:
+        cls = getattr(importlib.import_module(OWN_PIPELINES[name]), name)
+    elif not hasattr(diffusers, str(name)):
+        raise CheckpointError(f"{folder}: the pipeline class {name!r} is unknown to diffusers {diffusers.__version__}")
+    return cls.from_pretrained(folder, dtype=dtype, local_files_only=True)
+
+
+def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig) -> None:
+    """Write `folder`, a model or a pipeline in diffusers' layout, to the new folder `target` with its transformers
+    quantized and everything else copied. Nothing is left behind when it fails; raises as `load_model` does."""
+    components = transformers_in(folder)
+    with new_folder(target) as scratch:
+        for name, source in components.items():
+            model: Any = load_model(source, config)
+            model.save_pretrained(scratch / name)
+        for item in sorted(folder.iterdir()) if "" not in components else []:
+            if item.is_dir() and item.name not in components:
+                shutil.copytree(item, scratch / item.name)
+            elif item.is_file():
+                shutil.copy2(item, scratch / item.name)
+
+
+def _model_class(folder: Path) -> Any:
+    name = read_json(folder / "config.json").get("_class_name")
+    cls = getattr(diffusers, str(name), None)
+    if cls is None:
+        raise CheckpointError(f"{folder}: the model class {name!r} is unknown to diffusers {diffusers.__version__}")
+    return cls

@@ -1,0 +1,170 @@
+"""Results for people: tables for the terminal, a labelled picture grid, JSON for everything else."""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich import box
+from rich.table import Table
+
+from orbitdit.evaluate import Result
+from orbitdit.policy import Plan
+
+PACKAGES = ("orbitdit", "torch", "diffusers", "numpy", "scipy")
+TILE, GAP, LABEL, ROWS = 112, 10, 150, 12
+INK, PAPER, RIGHT, WRONG = "#1b1b1f", "#ffffff", "#1a7f37", "#c62828"
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row for each kind of layer, with totals below."""
+    quantized, int4, kept = plan.counts
+    table = Table(
+        title=f"{plan.model} at {plan.config.label}",
+        caption=f"{quantized} layers {plan.config.label}, {int4} INT4, {kept} kept.\n"
+        f"Changed layers: {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)} MB; "
+        f"{plan.effective_bits:.3f} stored bits per quantized weight.",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("layers", overflow="fold")
+    for name in ("count", "to", "in x out", "h", "MB before", "after"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why")
+    for pattern, count, row in plan.groups():
+        table.add_row(
+            pattern,
+            str(count),
+            row.label,
+            f"{row.in_features} x {row.out_features}",
+            str(row.block_size) if row.action == "quantize" else "",
+            _megabytes(count * row.bytes_before),
+            _megabytes(count * row.bytes_after),
+            row.reason,
+        )
+    return table
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """The whole plan, layer by layer, ready for JSON."""
+    quantized, int4, kept = plan.counts
+    totals = {"quantized": quantized, "int4": int4, "kept": kept, "effective_bits": plan.effective_bits}
+    totals |= {"bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after}
+    layers = [vars(row) for row in plan.layers]
+    return {"model": plan.model, "config": plan.config.to_dict(), "totals": totals, "layers": layers}
+
+
+def results_table(results: Sequence[Result], prompts: Sequence[str]) -> Table:
+    """One column for each setting; rows: share of right pictures in each category, PSNR, bytes, bits, seconds."""
+    table = Table(title=f"{len(prompts)} prompts, each from the same noise for every model", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    scores = [result.scores(prompts) for result in results]
+    for result in results:
+        table.add_column(result.label, justify="right", no_wrap=True)
+    for category in scores[0]:
+        table.add_row(f"right pictures: {category}", *(f"{score[category]:.2f}" for score in scores))
+    rows = {
+        "PSNR to full precision, dB": ["-" if r.psnr is None else f"{r.psnr:.1f}" for r in results],
+        "quantized layers, MB": [_megabytes(r.layer_bytes) for r in results],
+        "stored bits per quantized weight": [f"{r.effective_bits:.2f}" for r in results],
+        "generation, seconds": [f"{r.seconds:.0f}" for r in results],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def results_dict(results: Sequence[Result], prompts: Sequence[str], **settings: Any) -> dict[str, Any]:
+    """Everything that was measured, with versions and settings, ready for JSON."""
+    rows = [
+        {
+            "label": r.label,
+            "scores": r.scores(prompts),
+            "psnr_db": r.psnr,
+            "layer_bytes": r.layer_bytes,
+            "effective_bits": r.effective_bits,
+            "seconds": round(r.seconds, 2),
+            "right": r.right,
+        }
+        for r in results
+    ]
+    return {"environment": environment(), "settings": settings, "prompts": list(prompts), "results": rows}
+
+
+def environment() -> dict[str, str]:
+    """Versions of the packages that matter, Python, and the machine."""
+    found = {name: _version(name) for name in PACKAGES}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {**found, "python": platform.python_version(), "platform": platform.machine(), "device": device}
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """Write `values` with stable formatting."""
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def picture_grid(results: Sequence[Result], prompts: Sequence[str]) -> Image.Image:
+    """Prompts as rows, settings as columns, in panels of ROWS rows side by side; right and wrong are marked."""
+    panels = -(-len(prompts) // ROWS)
+    rows = -(-len(prompts) // panels)
+    head, step = 34, TILE + GAP
+    panel_width = LABEL + len(results) * step + GAP
+    canvas = Image.new("RGB", (panels * panel_width, head + rows * step + GAP), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for panel in range(panels):
+        for column, result in enumerate(results):
+            x = panel * panel_width + LABEL + column * step
+            draw.text((x + TILE / 2, head / 2), result.label, INK, _font(15), anchor="mm")
+    for i, prompt in enumerate(prompts):
+        panel, row = divmod(i, rows)
+        left, top = panel * panel_width, head + row * step
+        _wrapped(draw, prompt, (left + GAP, top + TILE / 2))
+        for column, result in enumerate(results):
+            x = left + LABEL + column * step
+            tile = Image.fromarray(result.pictures[i])
+            scaling = Image.Resampling.NEAREST if tile.width < TILE else Image.Resampling.LANCZOS
+            canvas.paste(tile.resize((TILE, TILE), scaling), (x, top))
+            _mark(draw, result.right[i], x, top)
+    return canvas
+
+
+def _mark(draw: ImageDraw.ImageDraw, right: bool | None, x: int, y: int) -> None:
+    """A frame and a badge in the corner: a tick on green for right, a cross on red for wrong, nothing for unknown."""
+    if right is None:
+        return
+    colour, size = (RIGHT if right else WRONG), 20
+    draw.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), outline=colour, width=3)
+    draw.rectangle((x + TILE - size, y, x + TILE - 1, y + size), fill=colour)
+    cx, cy = x + TILE - size / 2, y + size / 2
+    tick = [[(cx - 5, cy), (cx - 1, cy + 4), (cx + 6, cy - 5)]]
+    cross = [[(cx - 5, cy - 5), (cx + 5, cy + 5)], [(cx - 5, cy + 5), (cx + 5, cy - 5)]]
+    for line in tick if right else cross:
+        draw.line(line, "white", 3)
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, at: tuple[float, float]) -> None:
+    """`text` in the label column, vertically centred, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        fits = draw.textlength(longer, _font(14)) <= LABEL - 2 * GAP
+        lines = [*lines[:-1], longer] if fits else [*lines, word]
+    draw.multiline_text(at, "\n".join(filter(None, lines[:5])), INK, _font(14), anchor="lm", spacing=4)
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
