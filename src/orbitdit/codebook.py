@@ -5,8 +5,8 @@ close to N(0, 1/d). `lloyd_max` gives its optimal 2^bits-level quantizer: every 
 cell, every boundary the midpoint of its neighbours. Source: OrbitQuant, arXiv 2607.02461.
 
 Masses and means of cells have closed forms (an incomplete beta function, and (1 - z^2)^((d-1)/2)), so the
-conditions are solved by Newton's method on the positive half; the Jacobian is tridiagonal. A few digits are
-all that Lloyd's iteration would reach at 8 bits, where it converges too slowly.
+conditions are solved by Newton's method on the positive half, where the Jacobian is tridiagonal; Lloyd's own
+iteration needs thousands of rounds at 8 bits.
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.linalg import solve_banded
-from scipy.special import betainc, gammaln, ndtri
+from scipy.special import betainc, betaln, ndtri
 from torch import Tensor
 
 from orbitdit.errors import ConfigError
@@ -70,7 +70,7 @@ def look_up(codes: Tensor, centroids: Tensor) -> Tensor:
 
 def _solve(dim: int, levels: int) -> np.ndarray:
     """The `levels` positive centroids of the symmetric quantizer with 2 * `levels` levels."""
-    log_constant = gammaln(dim / 2) - gammaln((dim - 1) / 2) - 0.5 * np.log(np.pi)
+    log_constant = -betaln((dim - 1) / 2, 0.5)
 
     def density(z: np.ndarray) -> np.ndarray:
         return np.exp(log_constant + (dim - 3) / 2 * np.log1p(-(z**2)))
@@ -80,7 +80,7 @@ def _solve(dim: int, levels: int) -> np.ndarray:
         inner = (c[1:] + c[:-1]) / 2
         edges = np.concatenate([[0.0], inner, [1.0]])
         tail = 0.5 * betainc((dim - 1) / 2, 0.5, 1 - edges**2)
-        moment = np.exp(log_constant) / (dim - 1) * (1 - edges**2) ** ((dim - 1) / 2)
+        moment = np.append(np.exp(log_constant + (dim - 1) / 2 * np.log1p(-(edges[:-1] ** 2))), 0.0) / (dim - 1)
         mass = -np.diff(tail)
         return inner, mass, -np.diff(moment) / mass
 

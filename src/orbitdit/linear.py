@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from orbitdit.codebook import codebook_on, look_up, nearest
-from orbitdit.errors import TensorError
+from orbitdit.config import ACTIVATION_BITS
+from orbitdit.errors import ConfigError, TensorError
 from orbitdit.packing import packed_width, unpack
 from orbitdit.quantize import (
     GROUP,
@@ -61,7 +62,8 @@ class _PackedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """A stand-in of shape (out, in) over one stored number; use `dequantize` for the values."""
-        return self.scales.detach().flatten()[:1, None].expand(self.out_features, self.in_features)
+        number = self.scales if self.bias is None else self.bias
+        return number.detach().flatten()[:1, None].expand(self.out_features, self.in_features)
 
     def dequantize(self) -> Tensor:
         """The weight (out, in) in fp32 that the codes stand for."""
@@ -109,6 +111,10 @@ class OrbitLinear(_PackedLinear):
         quantized: QuantizedWeight | None = None,
         device: torch.device | str | None = None,
     ):
+        if activation_bits not in ACTIVATION_BITS:
+            raise ConfigError(
+                f"activation_bits={activation_bits!r} is not one of {', '.join(map(str, ACTIVATION_BITS))}"
+            )
         quantized = quantized or _empty(out_features, in_features, weight_bits, (out_features,), device)
         super().__init__(in_features, out_features, bias, quantized)
         self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed

@@ -18,15 +18,17 @@ PACKED_BITS = (2, 3, 4, 6, 8)
 def packed_width(dim: int, bits: int) -> int:
     """Bytes of one row of `dim` codes. Raises ConfigError for bits without a layout."""
     if bits not in PACKED_BITS:
-        raise ConfigError(f"bits={bits} has no layout; choose one of {', '.join(map(str, PACKED_BITS))}")
+        raise ConfigError(f"bits={bits!r} has no layout; choose one of {', '.join(map(str, PACKED_BITS))}")
     return -(-dim * bits // 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes (..., dim) below 2^bits -> uint8 bytes (..., packed_width). Raises TensorError for other codes."""
+    if codes.dtype != torch.uint8 or codes.ndim < 1:
+        raise TensorError(f"codes must be rows of uint8; got {codes.dtype} of shape {tuple(codes.shape)}")
     width = packed_width(codes.shape[-1], bits)
-    if codes.dtype != torch.uint8 or (codes.numel() and int(codes.max()) >= 1 << bits):
-        raise TensorError(f"codes must be uint8 below {1 << bits} to be packed at {bits} bits; got {codes.dtype}")
+    if codes.numel() and int(codes.max()) >= 1 << bits:
+        raise TensorError(f"codes of {bits} bits are below {1 << bits}; got {int(codes.max())}")
     per_word, word_bytes = _word(bits)
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_word)).unflatten(-1, (-1, per_word))
     word = (codes.int() << bits * torch.arange(per_word, device=codes.device, dtype=torch.int32)).sum(
@@ -39,7 +41,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """Inverse of `pack`: uint8 codes (..., dim). Raises TensorError when `packed` has another size."""
     width = packed_width(dim, bits)
-    if packed.dtype != torch.uint8 or packed.shape[-1] != width:
+    if packed.dtype != torch.uint8 or packed.shape[-1:] != (width,):
         raise TensorError(
             f"{dim} codes of {bits} bits take {width} uint8 bytes a row; got {packed.dtype} of shape "
             f"{tuple(packed.shape)}"

@@ -43,9 +43,9 @@ def quantize_weight(weight: Tensor, bits: int, seed: int = 0, name: str = "weigh
     A row of zeros gets scale zero. Raises TensorError for weights that `check_weight` refuses, ConfigError for
     other bits; `name` is used in messages.
     """
-    packed_width(weight.shape[-1], bits)
     check_weight(weight, name)
     dim = weight.shape[1]
+    packed_width(dim, bits)
     boundaries = codebook_on(dim, bits, weight.device, torch.float64).boundaries
 
     def encode(block: Tensor) -> QuantizedWeight:

@@ -28,10 +28,10 @@ class Rotation:
     """
 
     def __init__(self, dim: int, seed: int = 0):
-        if dim < 1:
-            raise ConfigError(f"dim={dim} is not a dimension; a rotation needs dim >= 1")
-        if not 0 <= seed < 2**64:
-            raise ConfigError(f"seed={seed} is out of range; choose 0 <= seed < 2**64")
+        if not isinstance(dim, int) or dim < 1:
+            raise ConfigError(f"dim={dim!r} is not a dimension; a rotation needs an integer dim >= 1")
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ConfigError(f"seed={seed!r} is not a seed; choose an integer, 0 <= seed < 2**64")
         self.dim, self.seed = dim, seed
         self.block_size = dim & -dim
         words = np.random.Philox(key=np.array([seed, dim], dtype=np.uint64)).random_raw(2 * dim)

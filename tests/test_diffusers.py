@@ -1,0 +1,252 @@
+"""diffusers: on-load and in-place quantization, save and reload, whole pipelines, LoRA, dtypes, damaged files."""
+
+import copy
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import PipelineQuantizationConfig
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+import orbitdit
+from families import FAMILIES
+from orbitdit import CheckpointError, ConfigError, Int4Linear, OrbitLinear, OrbitQuantConfig, TensorError
+from orbitdit.integrations.diffusers import OrbitQuantizer
+from orbitdit.model import packed_layers
+from orbitdit.shapes import MODEL_DIR
+from orbitdit.shapes.pipeline import ShapesPipeline, initial_noise
+
+CONFIG = OrbitQuantConfig("w4a4", seed=3)
+
+
+def assert_same_state(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def saved(family, tmp_path_factory):
+    """The full-precision model, its folder with one file, its folder with shards, and an in-place quantized copy."""
+    folder = tmp_path_factory.mktemp(family.cls.__name__)
+    model = family.build()
+    model.save_pretrained(folder / "whole")
+    model.save_pretrained(folder / "sharded", max_shard_size="100KB")
+    assert len(list((folder / "sharded").glob("*.safetensors"))) > 2
+    quantized = copy.deepcopy(model)
+    orbitdit.quantize_(quantized, CONFIG, progress=False)
+    return model, folder, quantized
+
+
+def test_orbitdit_is_registered():
+    assert AUTO_QUANTIZER_MAPPING["orbitdit"] is OrbitQuantizer
+
+
+@pytest.mark.parametrize("source", ["whole", "sharded"])
+def test_on_load_equals_in_place(family, saved, source):
+    model, folder, quantized = saved
+    loaded = family.cls.from_pretrained(folder / source, quantization_config=CONFIG)
+    assert_same_state(loaded.state_dict(), quantized.state_dict())
+    kinds = {name: type(layer) for name, layer in packed_layers(quantized)}
+    assert {name: type(layer) for name, layer in packed_layers(loaded)} == kinds
+    reference, output = family.run(model), family.run(loaded)
+    torch.testing.assert_close(output, family.run(quantized), rtol=1e-4, atol=1e-4)
+    assert (output - reference).norm() < 0.25 * reference.norm()
+
+
+@pytest.mark.parametrize("how", ["in place", "on load", "on load, sharded"])
+def test_saving_and_loading_is_exact(family, saved, how, tmp_path):
+    _, folder, quantized = saved
+    model = quantized
+    if how != "in place":
+        model = family.cls.from_pretrained(folder / "whole", quantization_config=CONFIG)
+    model.save_pretrained(tmp_path, max_shard_size="50KB" if "sharded" in how else "10GB")
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == CONFIG.to_dict()
+    loaded = family.cls.from_pretrained(tmp_path)
+    assert_same_state(loaded.state_dict(), quantized.state_dict())
+    assert loaded.config.quantization_config == CONFIG
+    torch.testing.assert_close(family.run(loaded), family.run(quantized), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_codes_and_scales_keep_their_dtype_whatever_the_model_computes_in(family, saved, dtype, tmp_path):
+    _, folder, quantized = saved
+    quantized.save_pretrained(tmp_path)
+    for source, options in ((folder / "whole", {"quantization_config": CONFIG}), (tmp_path, {})):
+        model = family.cls.from_pretrained(source, dtype=dtype, **options)
+        for name, layer in packed_layers(model):
+            twin = quantized.get_submodule(name)
+            assert torch.equal(layer.codes, twin.codes)
+            assert torch.equal(layer.scales, twin.scales)
+            assert (layer.codes.dtype, layer.scales.dtype) == (torch.uint8, torch.bfloat16)
+        assert model.dtype == dtype
+        assert family.run(model).isfinite().all()
+
+
+def test_a_quantized_model_refuses_casts_and_dequantizes(family, saved):
+    _, folder, _ = saved
+    model = family.cls.from_pretrained(folder / "whole", quantization_config=CONFIG)
+    with pytest.raises(ValueError, match="quantized"):
+        model.to(torch.float16)
+    before = family.run(model)
+    model.dequantize()
+    assert not list(packed_layers(model))
+    assert (family.run(model) - before).norm() < 0.2 * before.norm()
+
+
+def test_rules_and_settings_travel_with_the_checkpoint(tmp_path):
+    family = FAMILIES["flux"]
+    family.build().save_pretrained(tmp_path / "full")
+    rules = (("transformer_blocks.0.*", "keep"), ("*.ff.*", "w6a6"), ("proj_out", "int4"))
+    config = OrbitQuantConfig("w3a3", modulation_bits=16, rules=rules)
+    model = family.cls.from_pretrained(tmp_path / "full", quantization_config=config)
+    model.save_pretrained(tmp_path / "quantized")
+    loaded = family.cls.from_pretrained(tmp_path / "quantized")
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    bits = {name: getattr(layer, "weight_bits", "int4") for name, layer in packed_layers(loaded)}
+    assert not any(name.startswith("transformer_blocks.0.") for name in bits)
+    assert bits["transformer_blocks.1.ff.net.2"] == 6
+    assert bits["transformer_blocks.1.attn.to_q"] == 3
+    assert bits["proj_out"] == "int4"
+    assert "transformer_blocks.1.norm1.linear" not in bits
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flux")
+    family = FAMILIES["flux"]
+    model = family.build()
+    model.save_pretrained(folder / "full")
+    orbitdit.quantize_(model, CONFIG, progress=False)
+    model.save_pretrained(folder / "quantized")
+    return family, folder
+
+
+def rewrite(folder, target, change):
+    """Copy a model folder with its tensors changed by `change`."""
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    change(tensors)
+    target.mkdir()
+    save_file(tensors, target / "diffusion_pytorch_model.safetensors")
+    (target / "config.json").write_text((folder / "config.json").read_text())
+
+
+NAME = "transformer_blocks.1.attn.to_k"
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "error", "message"),
+    [
+        (
+            "quantized",
+            lambda t: t.update({f"{NAME}.codes": t[f"{NAME}.codes"][:, 1:].contiguous()}),
+            TensorError,
+            f"{NAME}.codes",
+        ),
+        ("quantized", lambda t: t.update({f"{NAME}.codes": t[f"{NAME}.codes"].short()}), TensorError, f"{NAME}.codes"),
+        ("quantized", lambda t: t.pop(f"{NAME}.scales"), CheckpointError, f"{NAME}.scales"),
+        ("full", lambda t: t.pop(f"{NAME}.weight"), CheckpointError, f"{NAME}.weight"),
+        ("full", lambda t: t[f"{NAME}.weight"][3, 5].fill_(torch.nan), TensorError, f"{NAME}.weight holds NaN"),
+    ],
+)
+def test_damaged_tensors_are_named(flux, tmp_path, source, change, error, message):
+    family, folder = flux
+    rewrite(folder / source, tmp_path / "damaged", change)
+    options = {"quantization_config": CONFIG} if source == "full" else {}
+    with pytest.raises(error, match=message) as caught:
+        family.cls.from_pretrained(tmp_path / "damaged", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_newer_format_asks_for_an_upgrade(flux, tmp_path):
+    family, folder = flux
+    rewrite(folder / "quantized", tmp_path / "newer", lambda t: None)
+    config = json.loads((tmp_path / "newer" / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (tmp_path / "newer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="upgrade orbitdit"):
+        family.cls.from_pretrained(tmp_path / "newer")
+
+
+def test_a_pickle_is_refused(flux, tmp_path):
+    family, _ = flux
+    model = family.build()
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(CheckpointError, match="pickle"):
+        family.cls.from_pretrained(tmp_path, use_safetensors=False, quantization_config=CONFIG)
+
+
+def test_disk_offload_is_refused(flux, tmp_path):
+    family, folder = flux
+    with pytest.raises(ConfigError, match="disk"):
+        family.cls.from_pretrained(
+            folder / "full", quantization_config=CONFIG, device_map={"": "disk"}, offload_folder=tmp_path
+        )
+
+
+def test_a_single_file_is_quantized_while_loading(flux, tmp_path):
+    family, folder = flux
+    file = str(folder / "full" / "diffusion_pytorch_model.safetensors")
+    model = family.cls.from_single_file(file, config=str(folder / "full"), quantization_config=CONFIG)
+    stored = family.cls.from_pretrained(folder / "quantized")
+    assert_same_state(model.state_dict(), stored.state_dict())
+
+
+def test_lora_trains_beside_the_codes_and_can_be_switched_off(flux):
+    family, folder = flux
+    model = family.cls.from_pretrained(folder / "quantized")
+    before = family.run(model)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "proj_mlp"], init_lora_weights=False))
+    adapted = family.run(model)
+    assert not torch.allclose(adapted, before)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora" in name for name in trainable)
+    inputs = {k: torch.randn(v) if isinstance(v, tuple) else v for k, v in family.inputs().items()}
+    model(**inputs, return_dict=False)[0].square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    model.disable_adapters()
+    torch.testing.assert_close(family.run(model), before)
+
+
+@pytest.fixture(scope="module")
+def mapping():
+    return PipelineQuantizationConfig(quant_mapping={"transformer": CONFIG})
+
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline("a red circle", latents=initial_noise([1]), num_inference_steps=2, output_type="np").images
+
+
+def test_a_whole_pipeline_is_quantized_saved_and_loaded(mapping, tmp_path):
+    pipeline = ShapesPipeline.from_pretrained(MODEL_DIR, quantization_config=mapping)
+    assert isinstance(pipeline.transformer.transformer_blocks[0].attn.to_q, OrbitLinear)
+    assert isinstance(pipeline.transformer.transformer_blocks[0].norm1.linear, Int4Linear)
+    pipeline.save_pretrained(tmp_path)
+    loaded = ShapesPipeline.from_pretrained(tmp_path)
+    assert_same_state(loaded.transformer.state_dict(), pipeline.transformer.state_dict())
+    np.testing.assert_allclose(draw(loaded), draw(pipeline), atol=1e-3)
+
+
+def test_a_flux_pipeline_of_diffusers_own_works_the_same(flux, mapping, tmp_path):
+    family, folder = flux
+    parts = dict.fromkeys(["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    diffusers.FluxPipeline(scheduler=scheduler, transformer=family.build(), **parts).save_pretrained(tmp_path / "full")
+    pipeline = diffusers.FluxPipeline.from_pretrained(tmp_path / "full", quantization_config=mapping, **parts)
+    stored = family.cls.from_pretrained(folder / "quantized")
+    assert_same_state(pipeline.transformer.state_dict(), stored.state_dict())
+    pipeline.save_pretrained(tmp_path / "quantized")
+    loaded = diffusers.FluxPipeline.from_pretrained(tmp_path / "quantized", **parts)
+    assert_same_state(loaded.transformer.state_dict(), stored.state_dict())

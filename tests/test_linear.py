@@ -1,0 +1,329 @@
+"""The two layers against the oracle, and everything a pipeline may feed them or do to them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import oracle
+from orbitdit import ConfigError, Int4Linear, OrbitLinear, TensorError
+from orbitdit.linear import encode_tokens
+
+DIMS = (256, 960, 1536, 1920, 3072)
+SETTINGS = [(4, 4), (3, 3), (2, 4), (2, 3), (4, 6), (4, 16), (2, 16), (8, 8)]
+NARROW = (torch.float16, torch.bfloat16)
+
+
+def plain_linear(dim, rows=11, bias=True, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return nn.Linear(dim, rows, bias=bias).to(dtype)
+
+
+def tokens(*shape, seed=0, outliers=True):
+    """Normal tokens with a few channels 30 times as large, as in a DiT."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    if outliers:
+        x[..., :: max(1, shape[-1] // 5)] *= 30
+    return x
+
+
+def fp64(tensor):
+    return tensor.detach().double().numpy()
+
+
+def expected_output(linear, x, weight_bits, activation_bits, seed=0, token_codes=None):
+    bias = 0.0 if linear.bias is None else fp64(linear.bias)
+    return oracle.layer(fp64(linear.weight), bias, fp64(x), weight_bits, activation_bits, seed, token_codes)
+
+
+def relative(got, expected):
+    return np.linalg.norm(fp64(got) - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), SETTINGS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_outputs_are_the_definitions(dim, weight_bits, activation_bits):
+    """fp32 may put a value that lies on a boundary on its other side: given the layer's own codes nothing differs."""
+    linear, x = plain_linear(dim, seed=dim), tokens(6, dim, seed=weight_bits)
+    layer = OrbitLinear.from_linear(linear, weight_bits, activation_bits, seed=1)
+    own = None if activation_bits == 16 else encode_tokens(x, activation_bits, 1)[0].numpy()
+    got = layer(x)
+    assert got.dtype == torch.float32
+    assert got.shape == (6, 11)
+    assert relative(got, expected_output(linear, x, weight_bits, activation_bits, 1, own)) < 2e-6
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_outputs_need_no_allowance_where_fp32_and_fp64_choose_the_same_codes(dim):
+    """Ten seeds a dim; a flipped code changes an output by 1e-3, so most must agree to 1e-5 with no help."""
+    agree = 0
+    for seed in range(10):
+        linear, x = plain_linear(dim, rows=4, seed=seed), tokens(3, dim, seed=seed)
+        got = OrbitLinear.from_linear(linear, 4, 4, seed=1)(x)
+        agree += relative(got, expected_output(linear, x, 4, 4, 1)) < 1e-5
+    assert agree >= 9
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+@pytest.mark.parametrize("dim", [1, 2, 63, 137, *DIMS])
+def test_token_codes_differ_from_exhaustive_search_at_boundaries_only(dim, bits):
+    """Measured: about 4 codes in a million at 8 bits, each within fp32 rounding of a boundary."""
+    if dim == 1:
+        codes, norms = encode_tokens(torch.tensor([[2.0], [-3.0]]), bits, 1)
+        signs = oracle.permutation_and_signs(1, 1)[1]
+        assert codes.flatten().tolist() == ([2**bits - 1, 0] if signs[0] > 0 else [0, 2**bits - 1])
+        assert norms.tolist() == [[2.0], [3.0]]
+        return
+    x = tokens(16, dim, seed=bits)
+    codes, norms = encode_tokens(x, bits, 1)
+    unit, lengths = oracle.normalized_tokens(fp64(x), 1)
+    centroids = oracle.codebook(dim, bits)
+    exact = oracle.nearest(unit, centroids)
+    assert codes.dtype == torch.uint8
+    assert norms.dtype == torch.float32
+    np.testing.assert_allclose(fp64(norms), lengths, rtol=1e-6)
+    flipped = codes.numpy() != exact
+    assert flipped.mean() <= 1e-4
+    between = (centroids[codes.numpy()[flipped]] + centroids[exact[flipped]]) / 2
+    np.testing.assert_allclose(unit[flipped], between, rtol=0, atol=2e-6 / np.sqrt(dim) * 30)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 4), (2, 3), (4, 16)])
+def test_narrow_dtypes_round_each_factor_and_the_result_once(dtype, weight_bits, activation_bits):
+    """Norms and codes come from fp32, so three roundings of at most eps/2 remain; together half an eps was measured."""
+    linear = plain_linear(1536, rows=64, dtype=dtype)
+    x = tokens(5, 1536).to(dtype)
+    got = OrbitLinear.from_linear(linear, weight_bits, activation_bits)(x)
+    own = None if activation_bits == 16 else encode_tokens(x, activation_bits, 0)[0].numpy()
+    assert got.dtype == dtype
+    expected = expected_output(linear, x, weight_bits, activation_bits, 0, own)
+    assert relative(got, expected) < 0.75 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("activation_bits", [4, 16])
+@pytest.mark.parametrize("magnitude", [6e-8, 3e-5, 2e4, 6e4])
+def test_fp16_tokens_whose_norms_fp16_cannot_hold(magnitude, activation_bits):
+    """Norms of 1e-6 and 1e6; the weight brings the output back to where fp16 has all its digits."""
+    linear = plain_linear(256, bias=False)
+    linear.weight.data /= magnitude * linear.weight.data.norm(dim=1, keepdim=True)
+    x = (magnitude * (0.75 + 0.25 * tokens(4, 256, outliers=False).clamp(-1, 1))).half()
+    got = OrbitLinear.from_linear(linear, 4, activation_bits)(x)
+    assert relative(got, expected_output(linear, x, 4, activation_bits)) < 2e-3
+
+
+def test_fp64_input_gives_fp64_output():
+    linear, x = plain_linear(96), tokens(4, 96)
+    got = OrbitLinear.from_linear(linear, 4, 4)(x.double())
+    assert got.dtype == torch.float64
+    assert relative(got, expected_output(linear, x, 4, 4)) < 1e-5
+
+
+@pytest.mark.parametrize("activation_bits", [4, 16])
+@pytest.mark.parametrize("dim", [2, 3, 63, 137, 199])
+def test_awkward_widths_and_no_bias(dim, activation_bits):
+    linear, x = plain_linear(dim, rows=1, bias=False), tokens(2, dim)
+    got = OrbitLinear.from_linear(linear, 3, activation_bits, seed=8)(x)
+    assert relative(got, expected_output(linear, x, 3, activation_bits, 8)) < 1e-5
+
+
+def test_one_dimension_is_exact():
+    layer = OrbitLinear.from_linear(linear := plain_linear(1, rows=3, dtype=torch.bfloat16), 2, 3, seed=5)
+    torch.testing.assert_close(layer(torch.tensor([[4.0], [-0.5]])), linear.float()(torch.tensor([[4.0], [-0.5]])))
+
+
+@pytest.mark.parametrize("activation_bits", [4, 16])
+def test_leading_dims_strides_and_empty_batches(activation_bits):
+    layer = OrbitLinear.from_linear(plain_linear(192), 3, activation_bits)
+    x = tokens(24, 192)
+    flat = layer(x)
+    variants = {
+        "one token": (x[5], flat[5]),
+        "leading dims": (x.view(2, 3, 4, 192), flat.view(2, 3, 4, 11)),
+        "transposed storage": (x.T.contiguous().T, flat),
+        "every third token": (x[::3], flat[::3]),
+        "columns of a wider tensor": (torch.cat([x, x], dim=1)[:, 192:], flat),
+        "swapped leading dims": (x.view(4, 6, 192).transpose(0, 1), flat.view(4, 6, 11).transpose(0, 1)),
+        "expanded": (x[:1].expand(5, 192), flat[:1].expand(5, 11)),
+    }
+    for name, (given, expected) in variants.items():
+        before = given.clone()
+        torch.testing.assert_close(layer(given), expected, rtol=1e-5, atol=1e-5, msg=name)
+        assert torch.equal(given, before), name
+    for shape in ((0, 192), (2, 0, 192)):
+        for dtype in (torch.float32, torch.bfloat16):
+            empty = layer(torch.zeros(shape, dtype=dtype))
+            assert empty.shape == (*shape[:-1], 11)
+            assert empty.dtype == dtype
+
+
+@pytest.mark.parametrize(("make", "shape"), [((4, 4), (5000, 64)), ((2, 16), (5000, 64)), ((3, 3), (70, 4096))])
+def test_many_tokens_at_once(make, shape):
+    """More than 2^18 activations, so that a layer that works in blocks meets the seam and a shorter last block."""
+    linear, x = plain_linear(shape[1], rows=5), tokens(*shape)
+    layer = OrbitLinear.from_linear(linear, *make)
+    got = layer(x)
+    pieces = torch.cat([layer(piece) for piece in x.split([1, 60, len(x) - 61])])
+    torch.testing.assert_close(got, pieces, rtol=1e-5, atol=1e-5)
+    seam = 2**18 // shape[1]
+    picked = [0, 1, seam - 1, seam, seam + 1, len(x) - 1]
+    own = None if make[1] == 16 else encode_tokens(x[picked], make[1])[0].numpy()
+    assert relative(got[picked], expected_output(linear, x[picked], *make, 0, own)) < 2e-6
+
+
+@pytest.mark.parametrize("make", [lambda li: OrbitLinear.from_linear(li, 4, 4), Int4Linear.from_linear])
+def test_a_token_of_zeros_gives_the_bias(make):
+    linear, x = plain_linear(96), tokens(3, 96)
+    x[1] = 0
+    assert torch.equal(make(linear)(x)[1], linear.bias.detach())
+    bare = make(plain_linear(96, bias=False))(x)
+    assert torch.equal(bare[1], torch.zeros(11))
+
+
+@pytest.mark.parametrize("activation_bits", [3, 16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_spoilt_token_shows_and_leaves_the_others_alone(value, activation_bits):
+    layer, x = OrbitLinear.from_linear(plain_linear(160), 4, activation_bits), tokens(5, 160)
+    clean = layer(x)
+    x[2, 7] = value
+    got = layer(x)
+    assert not got[2].isfinite().any()
+    torch.testing.assert_close(got[[0, 1, 3, 4]], clean[[0, 1, 3, 4]], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation_bits", [4, 16])
+@pytest.mark.parametrize("norm", [1e-20, 1e-12, 1e-10, 1e-9, 1e-6, 1e6, 1e30])
+def test_tokens_of_any_norm(norm, activation_bits):
+    """At 1e-10 the 1e-10 of the definition halves a token before it is coded; at both ends squares leave fp32."""
+    linear, x = plain_linear(256, bias=False), tokens(4, 256)
+    x = x / x.norm(dim=1, keepdim=True) * norm
+    got = OrbitLinear.from_linear(linear, 4, activation_bits)(x)
+    assert relative(got, expected_output(linear, x, 4, activation_bits)) < 1e-5
+
+
+@pytest.mark.parametrize("make", [lambda li: OrbitLinear.from_linear(li, 4, 4), Int4Linear.from_linear])
+@pytest.mark.parametrize("x", [torch.zeros(2, 95), torch.zeros(97), torch.zeros(2, 96).long(), torch.tensor(1.0)])
+def test_unusable_inputs_are_refused(x, make):
+    with pytest.raises(TensorError, match="96"):
+        make(plain_linear(96))(x)
+
+
+def test_unusable_layers_are_refused_by_name():
+    linear = plain_linear(96)
+    linear.weight.data[3, 4] = float("nan")
+    with pytest.raises(TensorError, match=r"blocks\.0\.ff"):
+        OrbitLinear.from_linear(linear, 4, 4, name="blocks.0.ff")
+    with pytest.raises(TensorError, match=r"blocks\.0\.ff"):
+        Int4Linear.from_linear(linear, name="blocks.0.ff")
+    for weight_bits in (0, 1, 5, 16):
+        with pytest.raises(ConfigError, match=str(weight_bits)):
+            OrbitLinear.from_linear(plain_linear(96), weight_bits, 4)
+
+
+@pytest.mark.parametrize("activation_bits", [0, 5, 9])
+def test_unknown_activation_bits_are_refused_when_the_layer_is_made(activation_bits):
+    with pytest.raises(ConfigError, match=str(activation_bits)):
+        OrbitLinear.from_linear(plain_linear(96), 4, activation_bits)
+
+
+LAYERS = [
+    pytest.param(lambda li: OrbitLinear.from_linear(li, 3, 4, seed=6), lambda: orbit_shell(), id="orbit"),
+    pytest.param(Int4Linear.from_linear, lambda: int4_shell(), id="int4"),
+]
+
+
+def orbit_shell():
+    return OrbitLinear(200, 11, torch.zeros(11), weight_bits=3, activation_bits=4, seed=6)
+
+
+def int4_shell():
+    return Int4Linear(200, 11, torch.zeros(11))
+
+
+@pytest.mark.parametrize(("make", "shell"), LAYERS)
+def test_state_is_codes_scales_and_bias_and_comes_back_bit_exact(make, shell):
+    layer, x = make(plain_linear(200)), tokens(5, 200)
+    state = layer.state_dict()
+    assert sorted(state) == ["bias", "codes", "scales"]
+    assert sorted(make(plain_linear(200, bias=False)).state_dict()) == ["codes", "scales"]
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert state["codes"].dtype == torch.uint8
+    assert state["scales"].dtype == torch.bfloat16
+    for assign in (False, True):
+        other = shell()
+        other.load_state_dict(copy.deepcopy(state), assign=assign)
+        assert all(torch.equal(other.state_dict()[key], state[key]) for key in state)
+        assert torch.equal(other(x), layer(x))
+        assert not any(parameter.requires_grad for parameter in other.parameters())
+    with pytest.raises(RuntimeError, match="codes"):
+        shell().load_state_dict({key: value for key, value in state.items() if key != "codes"})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        shell().load_state_dict({**state, "codes": state["codes"][:, :-1]})
+
+
+@pytest.mark.parametrize(("make", "shell"), LAYERS)
+def test_a_copy_stands_alone(make, shell):
+    layer, x = make(plain_linear(200)), tokens(5, 200)
+    before = layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), before)
+    twin.scales.data.zero_()
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize(("make", "shell"), LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_is_a_stand_in_of_one_number(make, shell, dtype):
+    layer = make(plain_linear(200, dtype=torch.bfloat16)).to(dtype)
+    assert layer.weight.shape == (11, 200)
+    assert layer.weight.dtype == dtype
+    assert layer.weight.device == layer.codes.device
+    assert layer.to("meta").weight.device.type == "meta"
+    assert layer.weight.stride() == (0, 0)
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (200, 11)
+
+
+@pytest.mark.parametrize("activation_bits", [4, 16])
+def test_dequantized_and_plain_linear(activation_bits):
+    """Sixteen-bit activations are rotated and no more, so the plain layer with the same weight gives the same."""
+    linear, x = plain_linear(200), tokens(5, 200)
+    layer = OrbitLinear.from_linear(linear, 3, activation_bits, seed=6)
+    weight = oracle.rotated_weight(fp64(linear.weight), 3, 6) @ oracle.rotation_matrix(200, 6)
+    assert layer.dequantize().dtype == torch.float32
+    assert relative(layer.dequantize(), weight) < 1e-6
+    plain = layer.to_linear(torch.float32)
+    assert type(plain) is nn.Linear
+    assert torch.equal(plain.weight.detach(), layer.dequantize())
+    assert torch.equal(plain.bias.detach(), linear.bias.detach())
+    assert relative(plain(x), fp64(x) @ weight.T + fp64(linear.bias)) < 1e-6
+    assert (relative(layer(x), fp64(plain(x))) < 1e-5) == (activation_bits == 16)
+    assert layer.to_linear(torch.bfloat16).weight.dtype == torch.bfloat16
+    assert OrbitLinear.from_linear(plain_linear(96, bias=False), 4, 4).to_linear(torch.float32).bias is None
+
+
+@pytest.mark.parametrize("dim", [63, 64, 137, 1536])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+def test_int4_against_the_oracle(dim, dtype, tolerance):
+    linear, x = plain_linear(dim, dtype=dtype), tokens(2, 3, dim, outliers=False).to(dtype)
+    layer = Int4Linear.from_linear(linear)
+    weight = oracle.int4_weight(*oracle.int4(fp64(linear.weight)))
+    got = layer(x)
+    assert got.dtype == dtype
+    assert relative(got, fp64(x) @ weight.T + fp64(linear.bias)) < tolerance
+    np.testing.assert_array_equal(fp64(layer.dequantize()), weight)
+    np.testing.assert_array_equal(fp64(layer.to_linear(torch.float32).weight), weight)
+
+
+def test_layers_with_the_same_input_can_share_its_codes():
+    """Rotation and codebook depend on width and seed alone: encode_tokens is all a layer does to its input."""
+    linear, x = plain_linear(192), tokens(4, 192)
+    codes, norms = encode_tokens(x.view(2, 2, 192), 3, 2)
+    assert codes.shape == (2, 2, 192)
+    assert norms.shape == (2, 2, 1)
+    assert torch.equal(encode_tokens(x, 3)[0], encode_tokens(x, 3, 0)[0])
+    left = oracle.rotated_weight(fp64(linear.weight), 4, 2)
+    right = oracle.codebook(192, 3)[codes.view(4, 192).numpy()] * fp64(norms).reshape(4, 1)
+    assert relative(OrbitLinear.from_linear(linear, 4, 3, seed=2)(x), right @ left.T + fp64(linear.bias)) < 1e-6

@@ -1,0 +1,226 @@
+"""Weights to codes and back: every code against exhaustive search, scales to the bit, errors that name the tensor."""
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from orbitdit import ConfigError, TensorError
+from orbitdit.quantize import QuantizedWeight, dequantize_int4, dequantize_weight, quantize_int4, quantize_weight
+
+MSE = {2: 0.117482, 3: 0.0345477, 4: 0.00950098, 6: 0.000644238}
+CASES = [(2, 3), (3, 4), (63, 6), (137, 3), (199, 4), (256, 8), (960, 2), (1536, 4), (1920, 3), (3072, 6)]
+
+
+def gaussian(rows, dim, seed=0):
+    """Rows of very different norms, in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.logspace(-3, 2, rows)[:, None]
+    return (torch.randn(rows, dim, generator=generator) * spread).bfloat16()
+
+
+def heavy_tailed(rows, dim, seed=0):
+    """Student's t with 3 degrees of freedom: single weights dominate their rows."""
+    values = np.random.default_rng(seed).standard_t(3, (rows, dim))
+    return torch.from_numpy(values).to(torch.bfloat16)
+
+
+def fp64(tensor):
+    return tensor.double().numpy()
+
+
+@pytest.mark.parametrize("make", [gaussian, heavy_tailed])
+@pytest.mark.parametrize(("dim", "bits"), CASES)
+def test_codes_are_the_nearest_centroids(dim, bits, make):
+    weight = make(9, dim, seed=bits)
+    quantized = quantize_weight(weight, bits, seed=4)
+    codes, norms = oracle.encode_weight(fp64(weight), bits, 4)
+    assert isinstance(quantized, QuantizedWeight)
+    assert quantized.codes.dtype == torch.uint8
+    assert quantized.scales.dtype == torch.bfloat16
+    assert quantized.codes.shape == (9, -(-dim * bits // 8))
+    np.testing.assert_array_equal(oracle.unpack(quantized.codes.numpy(), bits, dim), codes)
+    np.testing.assert_array_equal(fp64(quantized.scales), oracle.to_bf16(norms))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_one_dimension_is_exact(bits):
+    weight = torch.tensor([[3.0], [-0.5], [0.0], [1.25]])
+    assert torch.equal(dequantize_weight(quantize_weight(weight, bits, seed=9), bits, 1, seed=9), weight)
+
+
+def test_codes_use_the_unrounded_norm():
+    """A norm in the middle between two bf16 numbers: dividing by the rounded one would move codes."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight *= (256.5 / 256) / weight.norm(dim=1, keepdim=True)
+    codes, norms = oracle.encode_weight(weight.numpy(), 8, 0)
+    rotated = weight.numpy() @ oracle.rotation_matrix(256, 0).T
+    rounded = oracle.nearest(rotated / oracle.to_bf16(norms)[:, None], oracle.codebook(256, 8))
+    assert (rounded != codes).sum() > 100
+    np.testing.assert_array_equal(quantize_weight(weight, 8).codes.numpy(), codes)
+
+
+def test_zero_rows_stay_zero():
+    weight = gaussian(5, 137)
+    weight[[0, 3]] = 0
+    quantized = quantize_weight(weight, 3, seed=2)
+    back = dequantize_weight(quantized, 3, 137, seed=2)
+    assert (quantized.scales == 0).tolist() == [True, False, False, True, False]
+    assert torch.equal(back[[0, 3]], torch.zeros(2, 137))
+    codes, _ = oracle.encode_weight(fp64(weight), 3, 2)
+    np.testing.assert_array_equal(oracle.unpack(quantized.codes.numpy(), 3, 137)[[1, 2, 4]], codes[[1, 2, 4]])
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e30])
+def test_magnitude_changes_scales_only(magnitude):
+    weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    plain, moved = quantize_weight(weight, 4), quantize_weight(weight * magnitude, 4)
+    assert torch.equal(plain.codes, moved.codes)
+    norms = np.sqrt((fp64(weight * magnitude) ** 2).sum(1))
+    np.testing.assert_array_equal(fp64(moved.scales), oracle.to_bf16(norms))
+
+
+@pytest.mark.parametrize("quantize", [lambda w: quantize_weight(w, 3, seed=1), quantize_int4], ids=["orbit", "int4"])
+def test_rows_do_not_depend_on_each_other(quantize):
+    """More than 2^23 weights, so that work in blocks of rows meets a seam; whole against in pieces."""
+    weight = gaussian(132_000, 64)
+    whole = quantize(weight)
+    pieces = [quantize(piece) for piece in weight.split([1, 70_000, 7, 61_992])]
+    assert torch.equal(whole.codes, torch.cat([piece.codes for piece in pieces]))
+    assert torch.equal(whole.scales, torch.cat([piece.scales for piece in pieces]))
+
+
+@pytest.mark.parametrize("quantize", [lambda w: quantize_weight(w, 4), quantize_int4], ids=["orbit", "int4"])
+def test_dtype_and_strides_do_not_matter(quantize):
+    weight = heavy_tailed(12, 192)
+    wide = torch.stack([weight, -weight], dim=2)
+    expected = quantize(weight)
+    for copy in (weight.float(), weight.double(), weight.T.contiguous().T, wide[:, :, 0], torch.nn.Parameter(weight)):
+        got = quantize(copy)
+        assert torch.equal(got.codes, expected.codes)
+        assert torch.equal(got.scales, expected.scales)
+        assert not got.scales.requires_grad
+
+
+def test_the_input_is_left_alone():
+    weight = gaussian(6, 128).float()
+    before = weight.clone()
+    quantize_weight(weight, 4)
+    quantize_int4(weight)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(("dim", "bits"), CASES)
+def test_dequantized_weights_are_what_the_codes_say(dim, bits):
+    weight = gaussian(4, dim, seed=dim)
+    back = dequantize_weight(quantize_weight(weight, bits, seed=1), bits, dim, seed=1)
+    expected = oracle.rotated_weight(fp64(weight), bits, 1) @ oracle.rotation_matrix(dim, 1)
+    assert back.dtype == torch.float32
+    assert np.linalg.norm(fp64(back) - expected) < 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("make", [gaussian, heavy_tailed])
+@pytest.mark.parametrize(("bits", "expected"), MSE.items())
+def test_error_is_the_codebooks_own_whatever_the_weights(bits, expected, make):
+    """Rotation makes heavy tails as easy as the normal law: relative squared error D(b), averaged over rows."""
+    weight = make(96, 1536)
+    error = dequantize_weight(quantize_weight(weight, bits), bits, 1536) - weight
+    relative = error.double().square().sum(1) / weight.double().square().sum(1)
+    assert relative.mean().item() == pytest.approx(expected, rel=0.02)
+
+
+def test_another_seed_gives_other_codes():
+    weight = gaussian(4, 96)
+    first, second = quantize_weight(weight, 4, seed=0), quantize_weight(weight, 4, seed=1)
+    assert not torch.equal(first.codes, second.codes)
+    assert torch.equal(first.codes, quantize_weight(weight, 4).codes)
+
+
+@pytest.mark.parametrize("dim", [1, 63, 64, 65, 137, 192, 1536])
+@pytest.mark.parametrize("make", [gaussian, heavy_tailed])
+def test_int4_against_a_calculation_value_by_value(dim, make):
+    weight = make(5, dim, seed=dim)
+    weight[1] = 0
+    weight[2, :64] = 0
+    quantized = quantize_int4(weight)
+    codes, scales = oracle.int4(fp64(weight))
+    assert quantized.codes.shape == (5, -(-dim // 2))
+    assert quantized.scales.dtype == torch.bfloat16
+    np.testing.assert_array_equal(fp64(quantized.scales), scales)
+    np.testing.assert_array_equal(oracle.unpack(quantized.codes.numpy(), 4, dim).astype(int) - 8, codes)
+    back = dequantize_int4(quantized, dim)
+    assert back.dtype == torch.float32
+    np.testing.assert_array_equal(fp64(back), oracle.int4_weight(codes, scales))
+
+
+def test_int4_golden_bytes():
+    """Scale 1; a scale that bf16 rounds down; and the smallest scale of all, where rounding is so coarse that 9.8
+    must be clamped to 7."""
+    plain = quantize_int4(torch.tensor([[7.0, -7.0, 0.4, -2.6, 1.5]]))
+    assert plain.codes.tolist() == [[0x1F, 0x58, 0x0A]]
+    assert plain.scales.tolist() == [[1.0]]
+    down = quantize_int4(torch.tensor([[7 * 1.00390625, -7 * 1.00390625, 0.0]]))
+    assert down.scales.tolist() == [[1.0]]
+    assert down.codes.tolist() == [[0x1F, 0x08]]
+    clamped = quantize_int4(torch.tensor([[9.8, -9.8, 1.0]], dtype=torch.float64) * 2.0**-133)
+    assert clamped.scales.tolist() == [[2.0**-133]]
+    assert clamped.codes.tolist() == [[0x1F, 0x09]]
+
+
+def test_int4_error_of_normal_weights():
+    """E absmax^2 of 64 normal weights is 6.93, so step^2 / 12 is 0.0118; the largest weight itself has no error."""
+    weight = torch.randn(64, 3072, generator=torch.Generator().manual_seed(0))
+    error = (dequantize_int4(quantize_int4(weight), 3072) - weight).square().mean().item()
+    assert error == pytest.approx(0.0116, rel=0.01)
+
+
+@pytest.mark.parametrize("quantize", [lambda w, name: quantize_weight(w, 4, name=name), quantize_int4])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda w: w.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(float("nan"))),
+        lambda w: w.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(float("inf"))),
+        lambda w: w.index_put((torch.tensor(3), torch.tensor(63)), torch.tensor(float("-inf"))),
+        lambda w: w.to(torch.int8),
+        lambda w: w.bool(),
+        lambda w: w.to(torch.complex64),
+        lambda w: w[0],
+        lambda w: w[None],
+        lambda w: w.sum(),
+    ],
+    ids=["nan", "inf", "-inf", "int8", "bool", "complex", "1-D", "3-D", "0-D"],
+)
+def test_unusable_weights_are_refused_by_name(spoil, quantize):
+    weight = spoil(torch.ones(4, 64))
+    with pytest.raises(TensorError, match=r"blocks\.7\.attn\.to_q\.weight"):
+        quantize(weight, name="blocks.7.attn.to_q.weight")
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 7, 16])
+def test_unknown_bits_are_refused(bits):
+    with pytest.raises(ConfigError, match=str(bits)):
+        quantize_weight(torch.ones(2, 8), bits)
+
+
+def test_seeds_out_of_range_are_refused():
+    with pytest.raises(ConfigError, match="-1"):
+        quantize_weight(torch.ones(2, 8), 4, seed=-1)
+
+
+def test_damaged_codes_are_refused():
+    weight = gaussian(3, 64)
+    orbit, int4 = quantize_weight(weight, 3), quantize_int4(weight)
+    with pytest.raises(TensorError):
+        dequantize_weight(QuantizedWeight(orbit.codes[:, :-1], orbit.scales), 3, 64)
+    with pytest.raises(TensorError):
+        dequantize_weight(orbit, 4, 64)
+    with pytest.raises(TensorError):
+        dequantize_int4(QuantizedWeight(int4.codes[:, :-1], int4.scales), 64)
+
+
+def test_no_rows():
+    empty = quantize_weight(torch.zeros(0, 96), 4)
+    assert empty.codes.shape == (0, 48)
+    assert empty.scales.shape == (0,)
+    assert dequantize_weight(empty, 4, 96).shape == (0, 96)
+    assert dequantize_int4(quantize_int4(torch.zeros(0, 96)), 96).shape == (0, 96)
