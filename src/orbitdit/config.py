@@ -39,7 +39,7 @@ def _check_bits(weight_bits: int, activation_bits: int) -> None:
         ("weight_bits", weight_bits, WEIGHT_BITS),
         ("activation_bits", activation_bits, ACTIVATION_BITS),
     ):
-        if isinstance(bits, bool) or bits not in allowed:
+        if type(bits) is not int or bits not in allowed:
             raise ConfigError(f"{name}={bits!r} is not supported; choose one of {', '.join(map(str, allowed))}")
 
 
@@ -75,9 +75,11 @@ class OrbitQuantConfig:
             object.__setattr__(self, "weight_bits", weight_bits)
         if self.activation_bits is None:
             object.__setattr__(self, "activation_bits", activation_bits)
+        if not isinstance(self.rules, Sequence) or isinstance(self.rules, str):
+            raise ConfigError(f"rules={self.rules!r} is not a list of (glob, action) pairs")
         object.__setattr__(self, "rules", tuple(_check_rule(rule) for rule in self.rules))
         _check_bits(self.weight_bits, self.activation_bits)
-        if self.modulation_bits not in (4, 16):
+        if type(self.modulation_bits) is not int or self.modulation_bits not in (4, 16):
             raise ConfigError(f"modulation_bits={self.modulation_bits!r} is not supported; choose 4 or 16")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed={self.seed!r} is not supported; choose an integer, 0 <= seed < 2**64")
@@ -118,7 +120,7 @@ class OrbitQuantConfig:
 
 
 def _check_rule(rule: Any) -> tuple[str, str]:
-    if isinstance(rule, str) or len(rule) != 2 or not all(isinstance(part, str) for part in rule):
+    if not isinstance(rule, list | tuple) or len(rule) != 2 or not all(isinstance(part, str) for part in rule):
         raise ConfigError(f"rule {rule!r} is not a (glob, action) pair")
     glob, action = rule
     if action not in ACTIONS:

@@ -22,7 +22,8 @@ from orbitdit.policy import Plan
 from orbitdit.shapes.detector import detect, keeps
 from orbitdit.shapes.prompts import CATEGORIES, find_prompt
 
-BATCH = 12
+BATCH = {"cpu": 12, "cuda": 240}
+"""Pictures of the embedded model that are generated together."""
 FULL_PRECISION = "full precision"
 
 
@@ -104,7 +105,7 @@ def generate(
     """
     own_noise = getattr(pipeline, "initial_noise", None)
     pictures, started = [], time.perf_counter()
-    step = BATCH if own_noise else 1
+    step = BATCH[pipeline.device.type] if own_noise else 1
     for start in range(0, len(prompts), step):
         chunk = list(prompts[start : start + step])
         done = f"{start + len(chunk)}/{len(prompts)}"

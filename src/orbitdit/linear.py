@@ -12,7 +12,7 @@ The forward pass is the method's definition in plain torch. With n_i and t the n
 import torch
 from torch import Tensor, nn
 
-from orbitdit.codebook import codebook_on, look_up, nearest
+from orbitdit.codebook import bins, codebook_on, look_up, nearest, nearest_by_bins
 from orbitdit.config import ACTIVATION_BITS
 from orbitdit.errors import ConfigError, TensorError
 from orbitdit.packing import packed_width, unpack
@@ -37,8 +37,11 @@ def encode_tokens(x: Tensor, bits: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     The codes are the nearest centroids of R x / (||x|| + 1e-10), all in fp32.
     """
     unit, norm = _normalize(x, EPSILON)
-    boundaries = codebook_on(x.shape[-1], bits, x.device, torch.float32).boundaries
-    return nearest(rotation(x.shape[-1], seed).apply(unit), boundaries), norm
+    dim = x.shape[-1]
+    rotated = rotation(dim, seed).apply(unit)
+    if x.is_cpu:
+        return nearest_by_bins(rotated, bins(dim, bits)), norm
+    return nearest(rotated, codebook_on(dim, bits, x.device, torch.float32).boundaries), norm
 
 
 def _normalize(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -112,9 +115,8 @@ class OrbitLinear(_PackedLinear):
         device: torch.device | str | None = None,
     ):
         if activation_bits not in ACTIVATION_BITS:
-            raise ConfigError(
-                f"activation_bits={activation_bits!r} is not one of {', '.join(map(str, ACTIVATION_BITS))}"
-            )
+            allowed = ", ".join(map(str, ACTIVATION_BITS))
+            raise ConfigError(f"activation_bits={activation_bits!r} is not supported; choose one of {allowed}")
         quantized = quantized or _empty(out_features, in_features, weight_bits, (out_features,), device)
         super().__init__(in_features, out_features, bias, quantized)
         self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed

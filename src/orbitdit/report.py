@@ -16,7 +16,7 @@ from orbitdit.evaluate import Result
 from orbitdit.policy import Plan
 
 PACKAGES = ("orbitdit", "torch", "diffusers", "numpy", "scipy")
-TILE, GAP, LABEL, ROWS = 112, 10, 150, 12
+TILE, GAP, LABEL, ROWS, SHOWN = 112, 10, 150, 12, 48
 INK, PAPER, RIGHT, WRONG = "#1b1b1f", "#ffffff", "#1a7f37", "#c62828"
 
 
@@ -107,7 +107,11 @@ def write_json(values: dict[str, Any], path: Path) -> None:
 
 
 def picture_grid(results: Sequence[Result], prompts: Sequence[str]) -> Image.Image:
-    """Prompts as rows, settings as columns, in panels of ROWS rows side by side; right and wrong are marked."""
+    """Prompts as rows, settings as columns, in panels of ROWS rows side by side; right and wrong are marked.
+
+    The first SHOWN prompts are drawn.
+    """
+    prompts = prompts[:SHOWN]
     panels = -(-len(prompts) // ROWS)
     rows = -(-len(prompts) // panels)
     head, step = 34, TILE + GAP

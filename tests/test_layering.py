@@ -1,0 +1,181 @@
+"""Who may import whom, read from the syntax trees; and what a fresh process loads."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import orbitdit
+from orbitdit import errors
+
+SOURCE = Path(orbitdit.__file__).parent
+BASE = "errors config rotation codebook packing quantize linear policy model"
+MAY_IMPORT = {
+    "errors": "",
+    "config": "errors",
+    "rotation": "errors",
+    "codebook": "errors",
+    "packing": "errors",
+    "policy": "config packing",
+    "quantize": "codebook errors packing rotation",
+    "linear": "codebook errors packing quantize rotation",
+    "model": "config errors linear policy quantize",
+    "checkpoint": "errors",
+    "integrations": "integrations.diffusers",
+    "integrations.diffusers": f"{BASE} checkpoint",
+    "integrations.folders": f"{BASE} checkpoint shapes.pipeline",
+    "metrics": "",
+    "shapes": "",
+    "shapes.prompts": "",
+    "shapes.scenes": "shapes.prompts",
+    "shapes.detector": "shapes.prompts",
+    "shapes.pipeline": "shapes.prompts shapes.scenes",
+    "evaluate": "config errors integrations.folders metrics model policy shapes.detector shapes.prompts",
+    "report": "evaluate policy",
+    "cli": "checkpoint config errors evaluate integrations.folders model report shapes shapes.prompts",
+    "": "codebook config errors integrations linear model policy rotation",
+}
+"""Module -> what it may import of the package; names are without "orbitdit.", which itself is the empty name."""
+
+MAY_IMPORT_OUTSIDE = {
+    "diffusers": {"integrations.diffusers", "integrations.folders", "shapes.pipeline", "cli"},
+    "accelerate": {"integrations.folders"},
+    "huggingface_hub": {"checkpoint"},
+    "PIL": {"report", "cli"},
+    "typer": {"cli"},
+}
+NO_TORCH = {"", "errors", "config", "policy", "metrics", "integrations", "shapes", "shapes.prompts", "shapes.detector"}
+UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {module_name(path): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Every module that is imported anywhere in `tree`, or named in full by a string (for importlib)."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layers"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in whole if name.removeprefix("orbitdit.") in TREES}
+            found |= modules or {node.module}
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"orbitdit(\.\w+)+", str(node.value)):
+            found.add(node.value)
+    return found
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_modules_import_only_what_is_below_them(module):
+    own = {name.partition("orbitdit")[2].lstrip(".") for name in imported(TREES[module]) if name.startswith("orbitdit")}
+    assert module in MAY_IMPORT, f"say in MAY_IMPORT what {module} may import"
+    assert own <= set(MAY_IMPORT[module].split())
+
+
+def test_the_table_has_no_cycles_and_no_stale_rows():
+    assert set(MAY_IMPORT) == set(TREES)
+    below: dict[str, set[str]] = {}
+    while len(below) < len(MAY_IMPORT):
+        # registering needs the quantizer once diffusers is there: the one import that goes up, at run time
+        ready = [m for m, names in MAY_IMPORT.items() if m == "integrations" or set(names.split()) <= set(below)]
+        assert set(ready) - set(below), f"a cycle among {set(MAY_IMPORT) - set(below)}"
+        below |= {m: set(MAY_IMPORT[m].split()) for m in ready}
+    assert "cli" not in set().union(*below.values())
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_libraries_stay_where_they_belong(module):
+    tops = {name.partition(".")[0] for name in imported(TREES[module])}
+    assert not tops & {"triton", *UNSAFE}
+    assert not tops & {library for library, users in MAY_IMPORT_OUTSIDE.items() if module not in users}
+    assert module not in NO_TORCH or "torch" not in tops
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_nothing_that_runs_code_from_files(module):
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {("torch", "load"), ("np", "load"), ("numpy", "load")}
+        if isinstance(node, ast.ImportFrom) and node.module in ("torch", "numpy"):
+            assert "load" not in {alias.name for alias in node.names}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"eval", "exec", "__import__"}
+        assert not (isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "trust_remote_code"})
+
+
+def test_public_names():
+    assert orbitdit.__all__ == sorted(orbitdit.__all__)
+    assert set(orbitdit.__all__) == {
+        *("CheckpointError", "ConfigError", "DependencyError", "ModelError", "OrbitDiTError", "TensorError"),
+        *("Codebook", "Int4Linear", "LayerPlan", "OrbitLinear", "OrbitQuantConfig", "Plan", "Rotation"),
+        *("__version__", "dequantize_", "lloyd_max", "plan", "quantize_"),
+    }
+    imports = [node for node in TREES[""].body if isinstance(node, ast.ImportFrom)]
+    here = {alias.name for node in imports for alias in node.names}
+    assert here | {"__version__"} == {*orbitdit.__all__, "register_on_import"}
+    assert all(hasattr(orbitdit, name) for name in orbitdit.__all__)
+    raised = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert raised <= set(orbitdit.__all__)
+    assert all(issubclass(getattr(errors, name), orbitdit.OrbitDiTError) for name in raised)
+
+
+def test_version():
+    assert orbitdit.__version__ == version("orbitdit")
+
+
+def fresh(code: str) -> list[str]:
+    """What `code` prints in a new interpreter in which every warning is an error."""
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+REGISTERED = """
+from diffusers.quantizers import auto
+for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+    print(table["orbitdit"].__name__, len([key for key in table if key == "orbitdit"]))
+import sys, orbitdit
+orbitdit.integrations.register_on_import()
+print(sum(type(finder).__module__.startswith("orbitdit") for finder in sys.meta_path))
+"""
+
+
+def test_importing_orbitdit_is_light_and_registers_when_diffusers_comes():
+    lean = fresh(
+        "import sys, orbitdit, torch\n"
+        "heavy = {'diffusers', 'triton', 'accelerate', 'transformers', 'huggingface_hub', 'PIL', 'typer'}\n"
+        "print('loaded', *sorted(heavy & set(sys.modules)))\n"
+        "print(torch.cuda.is_initialized())\n"
+        "import diffusers\n"
+        "print('orbitdit.integrations.diffusers' in sys.modules)\n" + REGISTERED
+    )
+    assert lean[:2] == ["loaded", "False"]
+    assert lean[3:] == ["OrbitQuantizer", "1", "OrbitQuantConfig", "1", "0"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import diffusers.quantizers.auto, orbitdit",
+        "import orbitdit.shapes.pipeline",
+        "import orbitdit.integrations.diffusers",
+        "import orbitdit.evaluate",
+    ],
+)
+def test_any_first_import_works_and_registers(first):
+    assert fresh(first + REGISTERED) == ["OrbitQuantizer", "1", "OrbitQuantConfig", "1", "0"]
