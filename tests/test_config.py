@@ -221,7 +221,14 @@ def test_rules_that_are_no_sequence_of_pairs(rules):
     assert "rule" in refusal(OrbitQuantConfig.from_dict, {"rules": rules})
 
 
-@pytest.mark.parametrize("version", [2, 99, "2", 1.5, None])
+@pytest.mark.parametrize("version", [0, -1, "2", 1.5, None, True])
+def test_a_format_version_that_is_none_is_damage(version):
+    message = refusal(OrbitQuantConfig.from_dict, {"format_version": version})
+    assert f"format_version={version!r}" in message
+    assert "damaged" in message
+
+
+@pytest.mark.parametrize("version", [2, 99])
 def test_a_newer_format_asks_for_an_upgrade(version):
     """Before anything else: keys of a newer format are unknown to this one."""
     message = refusal(OrbitQuantConfig.from_dict, {"format_version": version, "brand_new_key": 1, "weight_bits": 1})

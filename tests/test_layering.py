@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "packing": "errors",
     "policy": "config packing",
     "quantize": "codebook errors packing rotation",
-    "linear": "codebook errors packing quantize rotation",
+    "linear": "codebook config errors packing quantize rotation",
     "model": "config errors linear policy quantize",
     "checkpoint": "errors",
     "integrations": "integrations.diffusers",
@@ -31,12 +31,12 @@ MAY_IMPORT = {
     "integrations.folders": f"{BASE} checkpoint shapes.pipeline",
     "metrics": "",
     "shapes": "",
-    "shapes.prompts": "",
+    "shapes.prompts": "errors",
     "shapes.scenes": "shapes.prompts",
     "shapes.detector": "shapes.prompts",
     "shapes.pipeline": "shapes.prompts shapes.scenes",
     "evaluate": "config errors integrations.folders metrics model policy shapes.detector shapes.prompts",
-    "report": "evaluate policy",
+    "report": "errors evaluate policy",
     "cli": "checkpoint config errors evaluate integrations.folders model report shapes shapes.prompts",
     "": "codebook config errors integrations linear model policy rotation",
 }
@@ -118,7 +118,8 @@ def test_nothing_that_runs_code_from_files(module):
 def test_public_names():
     assert orbitdit.__all__ == sorted(orbitdit.__all__)
     assert set(orbitdit.__all__) == {
-        *("CheckpointError", "ConfigError", "DependencyError", "ModelError", "OrbitDiTError", "TensorError"),
+        *("CheckpointError", "ConfigError", "DependencyError", "ModelError", "OrbitDiTError", "PromptError"),
+        "TensorError",
         *("Codebook", "Int4Linear", "LayerPlan", "OrbitLinear", "OrbitQuantConfig", "Plan", "Rotation"),
         *("__version__", "dequantize_", "lloyd_max", "plan", "quantize_"),
     }

@@ -204,7 +204,7 @@ def test_bytes_of_one_layer_by_hand(layer, action, before, after):
     changed = action != "keep"
     assert (found.bytes_before, found.bytes_after) == ((before, after) if changed else (0, 0))
     codes = after - layer.out_features * layer.itemsize * layer.bias
-    assert found.effective_bits == (8 * codes / row.weights if row.action == "quantize" else 0)
+    assert found.effective_bits == (8 * codes / row.weights if changed else 0)
 
 
 def test_effective_bits_count_every_quantized_weight_alike():

@@ -15,6 +15,7 @@ from orbitdit.errors import (
     DependencyError,
     ModelError,
     OrbitDiTError,
+    PromptError,
     TensorError,
 )
 from orbitdit.integrations import register_on_import
@@ -37,6 +38,7 @@ __all__ = [
     "OrbitLinear",
     "OrbitQuantConfig",
     "Plan",
+    "PromptError",
     "Rotation",
     "TensorError",
     "__version__",

@@ -47,7 +47,7 @@ def check_folder(folder: str | os.PathLike) -> list[Path]:
         raise CheckpointError(f"{folder} is no folder: name a model folder")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise CheckpointError(f"{index} has no weight_map: download or copy it again")
         for shard in sorted(set(shards.values())):
             check_file(folder / shard)
@@ -68,9 +68,12 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
 
     Raises CheckpointError at once when `target` exists and is not an empty folder, or cannot be made.
     """
-    target = Path(target)
+    target = Path(os.path.abspath(target))
+    if target.is_symlink() or target == Path.cwd():
+        raise CheckpointError(f"{target} is a link or the current folder: choose another output folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not an empty folder: choose another output folder")
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -78,12 +81,17 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         raise CheckpointError(f"{target} cannot be written ({error.strerror}): choose another output folder") from error
     try:
         yield scratch
-        scratch.chmod(0o755)
+        for path in (scratch, *scratch.rglob("*")):  # not as private as temporary files are made
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
             target.rmdir()
         scratch.rename(target)
-    finally:
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
 
 
 def find_model(model: str | None, default: Path, weights: bool = True) -> Path:
@@ -91,10 +99,10 @@ def find_model(model: str | None, default: Path, weights: bool = True) -> Path:
     configuration files), or `default` for None. Raises CheckpointError when there is no such model."""
     if model is None:
         return default
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         return Path(model)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise CheckpointError(f"{model} is no folder and no hub id: name a model folder or an id such as 'org/name'")
+        raise CheckpointError(f"{model!r} is no folder and no hub id: name a model folder or an id such as 'org/name'")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.model", "*.safetensors"] if weights else ["*.json"]

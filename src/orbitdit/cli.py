@@ -64,10 +64,10 @@ def plan(
 
     config = _config(bits, seed, rule)
     plans = [plan_model(skeleton(path), config) for path in transformers_in(_find(model, weights=False)).values()]
-    for found in plans:
-        Console().print(plan_table(found))
     if out is not None:
         write_json({"plans": [plan_dict(found) for found in plans]}, out)
+    for found in plans:
+        Console().print(plan_table(found))
 
 
 @app.command()
@@ -109,7 +109,7 @@ def generate(
 
     if not prompt:
         raise ConfigError("there is nothing to generate: give at least one --prompt")
-    config = _config(bits, rotation_seed, rule) if bits else None
+    config = _config(bits, rotation_seed, rule) if bits is not None else None
     folder, where = _find(model), _device(device)
     with new_folder(out) as scratch:
         dtype = evaluate.compute_dtype(where)
@@ -184,9 +184,11 @@ def _config(bits: str, seed: int, rules: list[str] | None) -> OrbitQuantConfig:
 
 def _find(model: str | None, weights: bool = True) -> Path:
     try:
-        import diffusers  # noqa: F401
+        import diffusers
     except ImportError as error:
         raise DependencyError("diffusers is not installed: run pip install 'orbitdit[diffusers]'") from error
+    if not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
     return find_model(model, MODEL_DIR, weights)
 
 

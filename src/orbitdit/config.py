@@ -26,7 +26,7 @@ class QuantMethod(str, Enum):
 
 def parse_bits(text: str) -> tuple[int, int]:
     """("w2a4") -> (2, 4), weight and activation bits. Raises ConfigError for anything else."""
-    match = re.fullmatch(r"w(\d+)a(\d+)", text.lower()) if isinstance(text, str) else None
+    match = re.fullmatch(r"w([0-9]+)a([0-9]+)", text.lower()) if isinstance(text, str) else None
     if match is None:
         raise ConfigError(f"bits {text!r} are not understood; write them as 'w4a4', 'w2a4' or 'w4a16'")
     bits = int(match[1]), int(match[2])
@@ -110,10 +110,12 @@ class OrbitQuantConfig:
         if method != QuantMethod.ORBITDIT:
             raise ConfigError(f"quant_method={method!r} is not orbitdit's; load this model with its own library")
         version = values.pop("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise ConfigError(f"format_version={version!r} is newer than this orbitdit reads: upgrade orbitdit")
+        if type(version) is not int or version < 1:
+            raise ConfigError(f"format_version={version!r} is no version: the configuration is damaged")
+        if version > FORMAT_VERSION:
+            raise ConfigError(f"format_version={version} is newer than this orbitdit reads: upgrade orbitdit")
         known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
             raise ConfigError(f"unknown configuration key {unknown[0]!r}; known are: {', '.join(known)}")
         return cls(**values)

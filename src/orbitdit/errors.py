@@ -5,6 +5,7 @@
     ├── TensorError      a tensor with the wrong dtype, shape or values
     ├── ModelError       nothing to quantize, or quantized already
     ├── CheckpointError  a missing, truncated, foreign or unsafe file; an output folder in use
+    ├── PromptError      a prompt that the embedded model cannot take
     └── DependencyError  an optional package that is not installed
 
 Messages are one line: what is wrong, with its name, and what to do.
@@ -29,6 +30,10 @@ class ModelError(OrbitDiTError, ValueError):
 
 class CheckpointError(OrbitDiTError, OSError):
     """A file or folder cannot be read or written as asked."""
+
+
+class PromptError(OrbitDiTError, ValueError):
+    """A prompt has words that the embedded model was not taught, or too many."""
 
 
 class DependencyError(OrbitDiTError, ImportError):

@@ -18,7 +18,7 @@ from orbitdit.errors import ConfigError
 from orbitdit.integrations.folders import load_model, load_pipeline, skeleton, transformers_in
 from orbitdit.metrics import psnr
 from orbitdit.model import plan
-from orbitdit.policy import Plan
+from orbitdit.policy import effective_bits
 from orbitdit.shapes.detector import detect, keeps
 from orbitdit.shapes.prompts import CATEGORIES, find_prompt
 
@@ -90,7 +90,7 @@ def compare(
         for name, path in components.items():
             pipeline.register_modules(**{name: load_model(path, config, dtype).to(device)})
         pictures, seconds = generate(pipeline, prompts, seed, config.label, **options)
-        size, bits = sum(p.bytes_after for p in parts), _effective_bits(parts)
+        size, bits = sum(p.bytes_after for p in parts), effective_bits(row for p in parts for row in p.layers)
         distance = psnr(pictures, results[0].pictures)
         results.append(Result(config.label, pictures, judge(pictures), size, bits, distance, seconds))
     return results
@@ -109,18 +109,13 @@ def generate(
     for start in range(0, len(prompts), step):
         chunk = list(prompts[start : start + step])
         done = f"{start + len(chunk)}/{len(prompts)}"
-        pipeline.set_progress_bar_config(desc=f"{label} {done}".strip(), leave=False)
+        pipeline.set_progress_bar_config(desc=f"{label} {done}".strip(), leave=False, disable=None)
         seeds = range(seed + start, seed + start + len(chunk))
         noise = {"latents": own_noise(seeds)} if own_noise else {"generator": torch.Generator().manual_seed(seeds[0])}
         output = pipeline(prompt=chunk, output_type="np", **noise, **options)
         images = output.images if hasattr(output, "images") else [video[0] for video in output.frames]
         pictures.append(np.rint(np.asarray(images) * 255).astype(np.uint8))
     return np.concatenate(pictures), time.perf_counter() - started
-
-
-def _effective_bits(plans: Sequence[Plan]) -> float:
-    weights = [sum(row.weights for row in p.select("quantize")) for p in plans]
-    return float(np.average([p.effective_bits for p in plans], weights=weights))
 
 
 def _judge(pipeline: Any, prompts: Sequence[str]):

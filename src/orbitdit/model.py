@@ -5,6 +5,7 @@
 model's layer names and shapes and the configuration (see `policy`), whichever way a model is quantized.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -69,9 +70,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     packed = dict(packed_layers(model))
     if not packed:
         raise ModelError(f"{type(model).__name__} is not quantized: there is nothing to undo")
-    inside = {id(p) for layer in packed.values() for p in (layer.codes, layer.scales)}
-    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in inside)
-    dtype = next(dtypes, torch.bfloat16)
+    dtype = _compute_dtype(model, packed)
     for name, layer in packed.items():
         replace_module(model, name, layer.to_linear(dtype))
     _tell_diffusers(model, None)
@@ -112,6 +111,18 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     module.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def _compute_dtype(model: nn.Module, packed: dict[str, OrbitLinear | Int4Linear]) -> torch.dtype:
+    """What a diffusers model says of itself, else the dtype of most parameters outside `packed`, else bf16."""
+    if isinstance(getattr(model, "dtype", None), torch.dtype):
+        return model.dtype  # type: ignore[return-value]
+    inside = {id(p) for layer in packed.values() for p in (layer.codes, layer.scales)}
+    count: Counter[torch.dtype] = Counter()
+    for p in model.parameters():
+        if p.is_floating_point() and id(p) not in inside:
+            count[p.dtype] += p.numel()
+    return count.most_common(1)[0][0] if count else torch.bfloat16
 
 
 def _tell_diffusers(model: Any, config: OrbitQuantConfig | None) -> None:

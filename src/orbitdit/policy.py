@@ -122,9 +122,8 @@ class Plan:
 
     @property
     def effective_bits(self) -> float:
-        """Stored bits (codes and scales) for each weight of the quantized layers; INT4 layers not counted."""
-        rows = self.select("quantize")
-        return 8 * sum(_coded_bytes(row) for row in rows) / max(1, sum(row.weights for row in rows))
+        """See `effective_bits`."""
+        return effective_bits(self.layers)
 
     def groups(self) -> list[tuple[str, int, LayerPlan]]:
         """Rows that differ in block numbers alone, as (pattern, how many, one of them)."""
@@ -134,6 +133,14 @@ class Plan:
             shape = (row.in_features, row.out_features, row.label, row.reason)
             found.setdefault((pattern, *shape), []).append(row)
         return [(key[0] if len(rows) > 1 else rows[0].name, len(rows), rows[0]) for key, rows in found.items()]
+
+
+def effective_bits(layers: Iterable[LayerPlan]) -> float:
+    """Stored bits (codes and scales) per weight of the quantized layers, or of the INT4 ones if there are no others."""
+    rows = list(layers)
+    chosen = [r for r in rows if r.action == "quantize"] or [r for r in rows if r.action == "int4"]
+    stored = sum(_coded_size(r.action, r.weight_bits, r.out_features, r.in_features) for r in chosen)
+    return 8 * stored / max(1, sum(r.weights for r in chosen))
 
 
 def build_plan(model: str, layers: Iterable[Layer], config: OrbitQuantConfig) -> Plan:
@@ -170,10 +177,6 @@ def _coded_size(action: str, weight_bits: int, rows: int, dim: int) -> int:
     return rows * (packed_width(dim, weight_bits) + 2 * scales)
 
 
-def _coded_bytes(row: LayerPlan) -> int:
-    return _coded_size(row.action, row.weight_bits, row.out_features, row.in_features)
-
-
 def _structural_rules(names: Sequence[str], layers: Sequence[Layer]) -> tuple[Rule, ...]:
     """Rules for a class without a table, one exact name each, from repeated module lists, names and shapes."""
     rules = []
@@ -192,8 +195,8 @@ def _structural_rules(names: Sequence[str], layers: Sequence[Layer]) -> tuple[Ru
 
 def _block_of(name: str, names: Sequence[str]) -> str | None:
     """The outermost "prefix.N" of `name` that belongs to a repeated module list, or None."""
-    for match in re.finditer(r"\.(\d+)\.", name):
-        prefix, rest = name[: match.start()], name[match.end() :]
+    for match in re.finditer(r"\.(\d+)(?=\.)", name):
+        prefix, rest = name[: match.start()], name[match.end() + 1 :]
         if any(re.fullmatch(rf"{re.escape(prefix)}\.(?!{match[1]}\.)\d+\.{re.escape(rest)}", other) for other in names):
             return f"{prefix}.{match[1]}"
     return None

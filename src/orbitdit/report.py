@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich import box
 from rich.table import Table
 
+from orbitdit.errors import CheckpointError
 from orbitdit.evaluate import Result
 from orbitdit.policy import Plan
 
@@ -102,8 +103,11 @@ def environment() -> dict[str, str]:
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
-    """Write `values` with stable formatting."""
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    """Write `values` with stable formatting; raises CheckpointError when `path` cannot be written."""
+    try:
+        path.write_text(json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error.strerror}): choose another file") from error
 
 
 def picture_grid(results: Sequence[Result], prompts: Sequence[str]) -> Image.Image:

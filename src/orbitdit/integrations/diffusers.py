@@ -103,8 +103,12 @@ class OrbitQuantizer(DiffusersQuantizer):
             return
         source = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         source.weight, source.bias = nn.Parameter(stored, requires_grad=False), module.bias
-        with torch.no_grad():
-            replace_module(model, name, quantize_layer(source, self.rows[name], self.quantization_config.seed))
+        try:
+            with torch.no_grad():
+                replace_module(model, name, quantize_layer(source, self.rows[name], self.quantization_config.seed))
+        except BaseException:
+            self.progress.close()
+            raise
         self.progress.update()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 import importlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from orbitdit.checkpoint import check_folder, new_folder, read_json, stored_dtype
 from orbitdit.config import OrbitQuantConfig
-from orbitdit.errors import CheckpointError, ModelError
+from orbitdit.errors import CheckpointError, ModelError, OrbitDiTError
 
 OWN_PIPELINES = {"ShapesPipeline": "orbitdit.shapes.pipeline"}
 """Pipelines that diffusers does not know: class -> module."""
@@ -38,8 +40,9 @@ def skeleton(folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
         raise ModelError(f"{folder} is quantized already: name the full-precision model instead")
-    with init_empty_weights():
-        model = _model_class(folder).from_config(config)
+    cls = _model_class(folder)
+    with init_empty_weights(), _readable(folder):
+        model = cls.from_config(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -48,37 +51,48 @@ def skeleton(folder: Path) -> nn.Module:
 def load_model(folder: Path, config: OrbitQuantConfig | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """The model in `folder`, quantized while loading when `config` is given, in `dtype` or as it is stored.
 
-    Raises CheckpointError for files that are missing, damaged or pickles, and as `orbitdit.plan` does.
+    Raises CheckpointError for files that are missing, damaged or pickles, for tensors that are missing or have
+    another shape, and errors as `orbitdit.plan` does.
     """
     check_folder(folder)
     if config is not None and "quantization_config" in read_json(folder / "config.json"):
         raise ModelError(f"{folder} is quantized already: name the full-precision model instead")
-    options = {} if config is None else {"quantization_config": config}
-    return _model_class(folder).from_pretrained(
-        folder, dtype=dtype or stored_dtype(folder), use_safetensors=True, local_files_only=True, **options
-    )
+    cls = _model_class(folder)
+    options = {"dtype": dtype or stored_dtype(folder), "use_safetensors": True, "local_files_only": True}
+    if config is not None:
+        options["quantization_config"] = config
+    with _readable(folder):
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])[0]
+        raise CheckpointError(f"{folder} has no tensor {missing!r}: it is incomplete or of another model")
+    return model
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeline:
-    """The pipeline in `folder`: diffusers' own classes and those of OWN_PIPELINES."""
+    """The pipeline in `folder`: diffusers' own classes and those of OWN_PIPELINES. Raises as `load_model` does."""
     name = read_json(folder / "model_index.json").get("_class_name")
     for component in transformers_in(folder).values():
         check_folder(component)
     cls = diffusers.DiffusionPipeline
     if name in OWN_PIPELINES:
         cls = getattr(importlib.import_module(OWN_PIPELINES[name]), name)
-    elif not hasattr(diffusers, str(name)):
+    elif not _is_class(name, diffusers.DiffusionPipeline):
         raise CheckpointError(f"{folder}: the pipeline class {name!r} is unknown to diffusers {diffusers.__version__}")
-    return cls.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    with _readable(folder):
+        return cls.from_pretrained(folder, dtype=dtype, local_files_only=True)
 
 
 def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig) -> None:
     """Write `folder`, a model or a pipeline in diffusers' layout, to the new folder `target` with its transformers
     quantized and everything else copied. Nothing is left behind when it fails; raises as `load_model` does."""
     components = transformers_in(folder)
+    if target.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{target} lies inside {folder}: choose an output folder elsewhere")
     with new_folder(target) as scratch:
         for name, source in components.items():
             model: Any = load_model(source, config)
+            model.register_to_config(_name_or_path=folder.name)  # else the local path would travel along
             model.save_pretrained(scratch / name)
         for item in sorted(folder.iterdir()) if "" not in components else []:
             if item.is_dir() and item.name not in components:
@@ -89,7 +103,24 @@ def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig) -> Non
 
 def _model_class(folder: Path) -> Any:
     name = read_json(folder / "config.json").get("_class_name")
-    cls = getattr(diffusers, str(name), None)
-    if cls is None:
+    if not _is_class(name, diffusers.ModelMixin):
         raise CheckpointError(f"{folder}: the model class {name!r} is unknown to diffusers {diffusers.__version__}")
-    return cls
+    return getattr(diffusers, str(name))
+
+
+def _is_class(name: Any, base: type) -> bool:
+    """Whether diffusers has a class of this name below `base`."""
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return isinstance(found, type) and issubclass(found, base) and found is not base
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn what diffusers raises on files it cannot use into one line with the folder's name."""
+    try:
+        yield
+    except OrbitDiTError:
+        raise
+    except (AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).partition(". If you want")[0].split())
+        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error

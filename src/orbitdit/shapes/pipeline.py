@@ -105,7 +105,7 @@ class ShapesPipeline(DiffusionPipeline):
 
         `latents` are initial noise tokens (B, 256, 48), see `initial_noise`; without them noise is drawn from
         `generator`. `output_type` is "pil", "np" (B, 64, 64, 3) or "pt" (B, 3, 64, 64), both in [0, 1].
-        Raises ValueError for a word the world does not know, wrong latents or an unknown output type.
+        Raises PromptError for a word the world does not know, ValueError for wrong latents or output types.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         shape = (len(prompts), GRID * GRID, CHANNELS)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from orbitdit.errors import PromptError
+
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = ("circles", "squares", "triangles", "crosses")
 COLOURS = {
@@ -67,14 +69,14 @@ VOCABULARY = ("", *sorted({word for prompt in PROMPTS for word in prompt.text.sp
 def tokenize(text: str) -> list[int]:
     """Words of `text` as MAX_WORDS indices into VOCABULARY, padded with 0; the empty text is all padding.
 
-    Raises ValueError naming the first unknown word, or the text when it is too long.
+    Raises PromptError naming the first unknown word, or the text when it is too long.
     """
     words = text.lower().split()
     unknown = next((w for w in words if w not in VOCABULARY), None)
     if unknown is not None:
-        raise ValueError(f"prompt {text!r}: unknown word {unknown!r}; known are: {' '.join(VOCABULARY[1:])}")
+        raise PromptError(f"prompt {text!r}: unknown word {unknown!r}; known are: {' '.join(VOCABULARY[1:])}")
     if len(words) > MAX_WORDS:
-        raise ValueError(f"prompt {text!r} has {len(words)} words; at most {MAX_WORDS} are allowed")
+        raise PromptError(f"prompt {text!r} has {len(words)} words; at most {MAX_WORDS} are allowed")
     return [VOCABULARY.index(w) for w in words] + [0] * (MAX_WORDS - len(words))
 
 

@@ -1,0 +1,109 @@
+"""Write the tables in README.md from committed results and from the real configurations: `python scripts/tables.py`.
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. With --check nothing is written and the exit code
+says whether the file is up to date.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+
+from orbitdit import OrbitQuantConfig, plan
+from orbitdit.shapes.prompts import CATEGORIES
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = {
+    "FLUX.1-dev": (diffusers.FluxTransformer2DModel, {"guidance_embeds": True}),
+    "Z-Image-Turbo": (diffusers.ZImageTransformer2DModel, {}),
+    "Wan 2.1-1.3B": (
+        diffusers.WanTransformer3DModel,
+        {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960},
+    ),
+    "Wan 2.1-14B": (diffusers.WanTransformer3DModel, {}),
+    "CogVideoX-2b": (diffusers.CogVideoXTransformer3DModel, {}),
+    "CogVideoX-5b": (
+        diffusers.CogVideoXTransformer3DModel,
+        {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
+    ),
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column left, others right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def families() -> str:
+    """What `orbitdit plan` says of the four families: counts of layers, and bytes of the transformer."""
+    rows = []
+    for name, (cls, options) in FAMILIES.items():
+        with init_empty_weights():
+            model = cls(**options)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        before = sum(p.numel() * p.element_size() for p in model.parameters())
+        plans = [plan(model, OrbitQuantConfig(bits)) for bits in ("w4a4", "w2a4")]
+        sizes = [before, *(before - found.bytes_before + found.bytes_after for found in plans)]
+        counts = " / ".join(map(str, plans[0].counts))
+        rows.append([name, f"{before / 2e9:.2f} B", counts, *(f"{size / 1e9:.2f}" for size in sizes)])
+    return table(
+        ["transformer", "parameters", "quantized / INT4 / kept layers", "GB in bf16", "GB at W4A4", "GB at W2A4"], rows
+    )
+
+
+def demo() -> str:
+    """The table that the demo printed."""
+    results = json.loads((ROOT / "docs/demo/results.json").read_text())
+    columns = results["results"]
+    rows = [[f"right pictures: {c}", *(f"{r['scores'][c]:.2f}" for r in columns)] for c in (*CATEGORIES, "overall")]
+    rows += [
+        ["PSNR to full precision, dB", *("-" if r["psnr_db"] is None else f"{r['psnr_db']:.1f}" for r in columns)],
+        ["quantized layers, MB", *(f"{r['layer_bytes'] / 1e6:.1f}" for r in columns)],
+        ["stored bits per quantized weight", *(f"{r['effective_bits']:.2f}" for r in columns)],
+        ["generation, seconds", *(f"{r['seconds']:.0f}" for r in columns)],
+    ]
+    return table([f"{len(results['prompts'])} prompts", *(r["label"] for r in columns)], rows)
+
+
+def quality() -> str:
+    """Scores over the full benchmark, mean and standard deviation over the rotation seeds."""
+    runs = [json.loads(p.read_text())["results"] for p in sorted((ROOT / "docs/quality").glob("seed*.json"))]
+    rows = []
+    for settings in zip(*runs, strict=True):
+        scores = [[s["scores"][c] for s in settings] for c in (*CATEGORIES, "overall")]
+        cells = [f"{sum(values) / len(values):.3f}" for values in scores]
+        mean = sum(scores[-1]) / len(runs)
+        spread = (sum((v - mean) ** 2 for v in scores[-1]) / max(1, len(runs) - 1)) ** 0.5
+        cells[-1] += f" ± {spread:.3f}" if settings[0]["psnr_db"] is not None else ""
+        distances = [s["psnr_db"] for s in settings if s["psnr_db"] is not None]
+        cells.append(f"{sum(distances) / len(distances):.1f}" if distances else "-")
+        rows.append([settings[0]["label"], *cells])
+    return table(["", *CATEGORIES, "overall", "PSNR, dB"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"families": families, "demo": demo, "quality": quality}
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = text
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(new):
+            sys.exit(f"README.md has no place for the table {name!r}")
+        new = pattern.sub(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", new)
+    if "--check" in sys.argv[1:]:
+        sys.exit(new != text)
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
