@@ -253,7 +253,7 @@ BAD = {
     "output in use": (["quantize", "{models}/flux", "--out", "{models}"], "choose another output folder"),
     "output is a file": (["quantize", "{models}/flux", "--out", "{models}/flux/config.json"], "config.json"),
     "plan into no folder": (["plan", "{models}/flux", "--out", "no/plan.json"], "no/plan.json"),
-    "plan onto a folder": (["plan", "{models}/flux", "--out", "{models}"], "--out"),
+    "plan onto a folder": (["plan", "{models}/flux", "--out", "{models}"], "cannot be written"),
 }
 
 
