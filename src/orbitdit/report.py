@@ -2,6 +2,7 @@
 
 import json
 import platform
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,7 @@ from orbitdit.evaluate import Result
 from orbitdit.policy import Plan
 
 PACKAGES = ("orbitdit", "torch", "diffusers", "numpy", "scipy")
-TILE, GAP, LABEL, ROWS, SHOWN = 112, 10, 150, 12, 48
+TILE, GAP, BADGE, LABEL, ROWS, SHOWN = 112, 10, 18, 150, 12, 48
 INK, PAPER, RIGHT, WRONG = "#1b1b1f", "#ffffff", "#1a7f37", "#c62828"
 
 
@@ -96,8 +97,8 @@ def results_dict(results: Sequence[Result], prompts: Sequence[str], **settings: 
 
 
 def environment() -> dict[str, str]:
-    """Versions of the packages that matter, Python, and the machine."""
-    found = {name: _version(name) for name in PACKAGES}
+    """Versions of the packages that matter, the commit (in a checkout), Python, and the machine."""
+    found = {name: _version(name) for name in PACKAGES} | {"commit": _commit()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {**found, "python": platform.python_version(), "platform": platform.machine(), "device": device}
 
@@ -118,20 +119,20 @@ def picture_grid(results: Sequence[Result], prompts: Sequence[str]) -> Image.Ima
     prompts = prompts[:SHOWN]
     panels = -(-len(prompts) // ROWS)
     rows = -(-len(prompts) // panels)
-    head, step = 34, TILE + GAP
-    panel_width = LABEL + len(results) * step + GAP
+    head, step, across = 34, TILE + GAP, TILE + BADGE + GAP
+    panel_width = LABEL + len(results) * across + GAP
     canvas = Image.new("RGB", (panels * panel_width, head + rows * step + GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
     for panel in range(panels):
         for column, result in enumerate(results):
-            x = panel * panel_width + LABEL + column * step
+            x = panel * panel_width + LABEL + column * across
             draw.text((x + TILE / 2, head / 2), result.label, INK, _font(15), anchor="mm")
     for i, prompt in enumerate(prompts):
         panel, row = divmod(i, rows)
         left, top = panel * panel_width, head + row * step
         _wrapped(draw, prompt, (left + GAP, top + TILE / 2))
         for column, result in enumerate(results):
-            x = left + LABEL + column * step
+            x = left + LABEL + column * across
             tile = Image.fromarray(result.pictures[i])
             scaling = Image.Resampling.NEAREST if tile.width < TILE else Image.Resampling.LANCZOS
             canvas.paste(tile.resize((TILE, TILE), scaling), (x, top))
@@ -140,13 +141,13 @@ def picture_grid(results: Sequence[Result], prompts: Sequence[str]) -> Image.Ima
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: bool | None, x: int, y: int) -> None:
-    """A frame and a badge in the corner: a tick on green for right, a cross on red for wrong, nothing for unknown."""
+    """A frame, and a badge beside it: a tick on green for right, a cross on red for wrong, nothing for unknown."""
     if right is None:
         return
-    colour, size = (RIGHT if right else WRONG), 20
+    colour = RIGHT if right else WRONG
     draw.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), outline=colour, width=3)
-    draw.rectangle((x + TILE - size, y, x + TILE - 1, y + size), fill=colour)
-    cx, cy = x + TILE - size / 2, y + size / 2
+    draw.rectangle((x + TILE, y - 3, x + TILE + BADGE, y - 3 + BADGE), fill=colour)
+    cx, cy = x + TILE + BADGE / 2, y - 3 + BADGE / 2
     tick = [[(cx - 5, cy), (cx - 1, cy + 4), (cx + 6, cy - 5)]]
     cross = [[(cx - 5, cy - 5), (cx + 5, cy + 5)], [(cx - 5, cy + 5), (cx + 5, cy - 5)]]
     for line in tick if right else cross:
@@ -169,6 +170,21 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f}"
+
+
+def _commit() -> str:
+    """The commit of the checkout that tracks this file, "-dirty" if anything differs; "unknown" elsewhere."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty", "--exclude", "*")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def _version(name: str) -> str:
