@@ -43,6 +43,9 @@ Rules = Annotated[
     typer.Option("--rule", help="GLOB=ACTION over layer names; quantize, int4, keep, or bits. Repeatable."),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if left out.")]
+Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels; the pipeline's own if left out.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels; the pipeline's own if left out.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a video; the pipeline's own if left out.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own if left out.")]
 On = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU when there is one.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt. Repeatable.")]
@@ -98,6 +101,9 @@ def generate(
     rule: Rules = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     device: On = Device.AUTO,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("pictures"),
 ) -> None:
@@ -117,7 +123,9 @@ def generate(
         for name, path in transformers_in(folder).items() if config else []:
             pipeline.register_modules(**{name: load_model(path, config, dtype)})
         pipeline.to(where)
-        pictures, seconds = evaluate.generate(pipeline, prompt, seed, **_options(steps, guidance))
+        pictures, seconds = evaluate.generate(
+            pipeline, prompt, seed, **_options(steps, guidance, height, width, frames)
+        )
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(scratch / f"{i:03d}.png")
     print(f"{out}: {len(pictures)} pictures in {seconds:.1f} s")
@@ -136,6 +144,9 @@ def compare(
     rule: Rules = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     device: On = Device.AUTO,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("comparison"),
 ) -> None:
@@ -145,7 +156,7 @@ def compare(
 
     configs = [_config(b, rotation_seed, rule) for b in bits or ["w4a4", "w2a4"]]
     prompts = prompt or ([p.text for p in benchmark(per_category)] if model is None else [])
-    options = _options(steps, guidance)
+    options = _options(steps, guidance, height, width, frames)
     with new_folder(out) as scratch:
         results = evaluate.compare(_find(model), configs, prompts, seed, _device(device), **options)
         picture_grid(results, prompts).save(scratch / "grid.png", optimize=True)
@@ -201,8 +212,11 @@ def _device(device: Device) -> str:
     return "cuda" if available and device is not Device.CPU else "cpu"
 
 
-def _options(steps: int | None, guidance: float | None) -> dict[str, Any]:
+def _options(
+    steps: int | None, guidance: float | None, height: int | None, width: int | None, frames: int | None
+) -> dict[str, Any]:
     given = {"num_inference_steps": steps, "guidance_scale": guidance}
+    given |= {"height": height, "width": width, "num_frames": frames}
     return {name: value for name, value in given.items() if value is not None}
 
 

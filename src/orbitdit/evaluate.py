@@ -5,6 +5,7 @@ those of other models are compared with full precision by PSNR alone.
 """
 
 import gc
+import inspect
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,13 +45,13 @@ class Result(NamedTuple):
     seconds: float
 
     def scores(self, prompts: Sequence[str]) -> dict[str, float]:
-        """Share of right pictures for each category that occurs, and "overall", their mean."""
-        found = [find_prompt(text) for text in prompts]
+        """Share of right pictures for each category that was judged, and "overall", their mean."""
+        categories = [getattr(find_prompt(text), "category", None) for text in prompts]
         scores = {}
         for category in CATEGORIES:
-            marks = [r for p, r in zip(found, self.right, strict=True) if p and p.category == category]
+            marks = [r for c, r in zip(categories, self.right, strict=True) if c == category and r is not None]
             if marks:
-                scores[category] = sum(map(bool, marks)) / len(marks)
+                scores[category] = sum(marks) / len(marks)
         return {**scores, "overall": sum(scores.values()) / len(scores)} if scores else {}
 
 
@@ -101,8 +102,13 @@ def generate(
 ) -> tuple[np.ndarray, float]:
     """One picture (the first frame, for video) for each prompt, uint8 (N, H, W, 3), and the seconds it took.
 
-    Picture i starts from the noise of seed + i, whatever the batch and the device.
+    Picture i starts from the noise of seed + i, whatever the batch and the device. Raises ConfigError for an option
+    that the pipeline does not take.
     """
+    known = inspect.signature(pipeline.__call__).parameters
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"{type(pipeline).__name__} takes no option {unknown!r}: leave it out")
     own_noise = getattr(pipeline, "initial_noise", None)
     pictures, started = [], time.perf_counter()
     step = BATCH[pipeline.device.type] if own_noise else 1
