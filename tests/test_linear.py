@@ -327,3 +327,14 @@ def test_layers_with_the_same_input_can_share_its_codes():
     left = oracle.rotated_weight(fp64(linear.weight), 4, 2)
     right = oracle.codebook(192, 3)[codes.view(4, 192).numpy()] * fp64(norms).reshape(4, 1)
     assert relative(OrbitLinear.from_linear(linear, 4, 3, seed=2)(x), right @ left.T + fp64(linear.bias)) < 1e-6
+
+
+def test_what_inference_mode_cached_serves_autograd_afterwards():
+    """Tables are shared between calls: one made under inference_mode must not be unusable outside."""
+    linear = torch.nn.Linear(352, 8)  # a width that no other test has put into the caches
+    with torch.inference_mode():
+        layer = OrbitLinear.from_linear(linear, 3, 3)
+        layer(torch.ones(1, 352))
+    x = torch.ones(1, 352, requires_grad=True)
+    OrbitLinear.from_linear(linear, 3, 3)(x).sum().backward()
+    assert x.grad.isfinite().all()

@@ -31,6 +31,7 @@ class Codebook(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def lloyd_max(dim: int, bits: int) -> Codebook:
     """The Lloyd-Max quantizer of one coordinate of a random unit vector in R^dim, at `bits` (1..8) bits.
 
@@ -48,6 +49,7 @@ def lloyd_max(dim: int, bits: int) -> Codebook:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def codebook_on(dim: int, bits: int, device: torch.device, dtype: torch.dtype) -> Codebook:
     """`lloyd_max(dim, bits)` rounded to `dtype` on `device`."""
     return Codebook(*(t.to(device, dtype) for t in lloyd_max(dim, bits)))
@@ -68,6 +70,7 @@ class Bins(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def bins(dim: int, bits: int) -> Bins:
     """The bins of `lloyd_max(dim, bits)`, in fp32 on the CPU."""
     boundaries = lloyd_max(dim, bits).boundaries.float().double()

@@ -65,18 +65,21 @@ class Rotation:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def rotation(dim: int, seed: int = 0) -> Rotation:
     """The shared `Rotation(dim, seed)`; layers with the same input width use the same one."""
     return Rotation(dim, seed)
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _tables(dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     r = rotation(dim, seed)
     return r.permutation.to(device), r.signs.to(device, dtype)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The Sylvester-Hadamard matrix of order `size`, scaled to be orthogonal."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
