@@ -4,7 +4,7 @@ export OMP_WAIT_POLICY = passive
 
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO ?= demo
+DEMO := demo
 
 .PHONY: demo test lint format clean
 

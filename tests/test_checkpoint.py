@@ -1,6 +1,5 @@
 """Files and folders, good and bad: reading them, quantizing them, and leaving nothing behind on failure."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -265,9 +264,21 @@ def test_find_model_on_the_hub_never_asks_for_pickles(tmp_path, monkeypatch, wei
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
     assert find_model("org/some.name-1", tmp_path / "default", weights) == tmp_path
     ((name,), options), *rest = asked
-    assert (name, rest, list(options)) == ("org/some.name-1", [], ["allow_patterns"])
-    everything = {"*.json", "*.txt", "*.model", "*.safetensors"}
-    assert set(options["allow_patterns"]) == (everything if weights else {"*.json"})
+    assert (name, rest, list(options)) == ("org/some.name-1", [], ["allow_patterns", "ignore_patterns"])
+    files = {
+        "model_index.json": True,
+        "transformer/config.json": True,
+        "transformer/diffusion_pytorch_model-00001-of-00003.safetensors": weights,
+        "text_encoder/model.safetensors": weights,
+        "tokenizer/merges.txt": weights,
+        "diffusion_pytorch_model.safetensors": weights,
+        "flux1-dev.safetensors": False,
+        "text_encoder/model.fp16.safetensors": False,
+        "text_encoder/pytorch_model.bin": False,
+        "pipeline.py": False,
+    }
+    fetched = set(huggingface_hub.utils.filter_repo_objects(list(files), **options))
+    assert fetched == {file for file, wanted in files.items() if wanted}
 
 
 def test_hub_failures_are_one_line(tmp_path):
@@ -365,10 +376,16 @@ def test_a_failure_half_way_leaves_nothing_behind(pipeline, saved, tmp_path, tar
 
 def test_a_target_inside_the_source_is_not_copied_into_itself(pipeline):
     before = os.listdir(pipeline)
-    with contextlib.suppress(CheckpointError):
-        quantize_folder(pipeline, pipeline / "out", W4A4)
-    out = pipeline / "out"
-    assert not out.exists() or sorted(os.listdir(out)) == sorted(before)
+    assert "lies inside" in refusal(CheckpointError, quantize_folder, pipeline, pipeline / "out", W4A4)
+    assert os.listdir(pipeline) == before
+
+
+def test_weights_beside_the_components_are_not_copied(pipeline, tmp_path):
+    (pipeline / "flux1-dev.safetensors").write_bytes(b"24 GB")
+    (pipeline / "LICENSE.md").write_text("a licence")
+    quantize_folder(pipeline, tmp_path / "out", W4A4)
+    assert not (tmp_path / "out" / "flux1-dev.safetensors").exists()
+    assert (tmp_path / "out" / "LICENSE.md").read_text() == "a licence"
 
 
 Q = "transformer_blocks.1.attn.to_q"

@@ -88,12 +88,33 @@ def test_plan_of_the_embedded_model(run):
     assert (code, err) == (0, "")
     assert expected.counts == (76, 14, 8)
     assert "FluxTransformer2DModel at W4A4" in out
-    assert f"{quantized} layers W4A4, {int4} INT4, {kept} kept." in out
+    assert f"{quantized} layers quantized, {int4} INT4, {kept} kept." in out
     assert f"{expected.bytes_before / 1e6:,.1f} -> {expected.bytes_after / 1e6:,.1f} MB" in out
     assert f"{expected.effective_bits:.3f} stored bits per quantized weight" in out
     for pattern, *_ in expected.groups():
         assert pattern in out
     assert os.listdir() == []
+
+
+def test_plan_keeps_names_whole_on_a_narrow_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("plan")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["single_transformer_blocks.*.attn.to_q", "8", "W4A4", "256", "x", "256", "0.3"] in rows
+    assert ["time_text_embed.timestep_embedder.linear_1", "1", "kept", "256", "x", "256", "0.1"] in rows
+
+
+def test_no_arguments_show_the_help(run):
+    code, out, err = run()
+    assert (code or 0, err) == (0, "")
+    assert out.startswith("Usage:")
+    assert all(f"  {command} " in out for command in ("plan", "quantize", "generate", "compare"))
+
+
+def test_options_without_effect_are_refused(run):
+    for option in (("--rule", "*=keep"), ("--rotation-seed", 3)):
+        assert_one_line(run("generate", "--prompt", "a circle", *option), "--bits")
+    assert_one_line(run("plan", "--rule", "nomatch.*=w6a6"), "nomatch.*")
 
 
 def test_plan_writes_json(run, tmp_path):
@@ -125,7 +146,7 @@ def test_plan_needs_the_configuration_alone(run, tmp_path, name):
     code, out, err = run("plan", tmp_path / "model", "--out", "plan.json")
     quantized, int4, kept = family.counts
     assert (code, err) == (0, "")
-    assert f"{quantized} layers W4A4, {int4} INT4, {kept} kept." in out
+    assert f"{quantized} layers quantized, {int4} INT4, {kept} kept." in out
     totals = json.loads((tmp_path / "cwd" / "plan.json").read_text())["plans"][0]["totals"]
     assert (totals["quantized"], totals["int4"], totals["kept"]) == family.counts
 
@@ -136,7 +157,7 @@ def test_plan_of_a_pipeline_has_a_table_for_each_transformer(run, tmp_path, mode
         shutil.copytree(models / "flux", tmp_path / "pipe" / name)
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps({"_class_name": "Any", **index}))
     code, out, _ = run("plan", tmp_path / "pipe")
-    assert (code, out.count("34 layers W4A4, 6 INT4, 8 kept.")) == (0, 2)
+    assert (code, out.count("34 layers quantized, 6 INT4, 8 kept.")) == (0, 2)
 
 
 def test_plan_of_a_hub_id_fetches_the_configuration_alone(run, models, monkeypatch):
@@ -145,7 +166,8 @@ def test_plan_of_a_hub_id_fetches_the_configuration_alone(run, models, monkeypat
     code, out, err = run("plan", "org/name")
     assert (code, err) == (0, "")
     assert "34 layers" in out
-    assert asked == [(("org/name",), {"allow_patterns": ["*.json"]})]
+    ((name, options),) = asked
+    assert (name, options["allow_patterns"]) == (("org/name",), ["*.json"])
 
 
 def test_hub_failures_are_one_line(run):
@@ -253,7 +275,7 @@ BAD = {
     "output in use": (["quantize", "{models}/flux", "--out", "{models}"], "choose another output folder"),
     "output is a file": (["quantize", "{models}/flux", "--out", "{models}/flux/config.json"], "config.json"),
     "plan into no folder": (["plan", "{models}/flux", "--out", "no/plan.json"], "no/plan.json"),
-    "plan onto a folder": (["plan", "{models}/flux", "--out", "{models}"], "cannot be written"),
+    "plan onto a folder": (["plan", "{models}/flux", "--out", "{models}"], "--out"),
 }
 
 

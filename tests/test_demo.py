@@ -55,7 +55,14 @@ def test_the_figures_are_those_of_the_plan(compared):
     assert all(list(r["scores"]) == [*CATEGORIES, "overall"] for r in figures["results"])
     assert all(r["seconds"] > 0 for r in figures["results"])
     assert figures["environment"]["torch"] == torch.__version__
-    assert figures["settings"] == {"model": "embedded", "seed": 0, "rotation_seed": 0, "num_inference_steps": 2}
+    assert figures["settings"] == {
+        "model": "embedded",
+        "device": "cpu",
+        "seed": 0,
+        "rotation_seed": 0,
+        "rules": [],
+        "num_inference_steps": 2,
+    }
 
 
 LAYER_BYTES = (29975552, 7745536, 4993024)

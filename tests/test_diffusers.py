@@ -202,7 +202,7 @@ def test_a_single_file_is_quantized_while_loading(flux, tmp_path):
     assert_same_state(model.state_dict(), stored.state_dict())
 
 
-def test_lora_trains_beside_the_codes_and_can_be_switched_off(flux):
+def test_adapters_run_beside_the_codes_take_gradients_and_can_be_switched_off(flux):
     family, folder = flux
     model = family.cls.from_pretrained(folder / "quantized")
     before = family.run(model)
@@ -239,14 +239,26 @@ def test_a_whole_pipeline_is_quantized_saved_and_loaded(mapping, tmp_path):
     np.testing.assert_allclose(draw(loaded), draw(pipeline), atol=1e-3)
 
 
-def test_a_flux_pipeline_of_diffusers_own_works_the_same(flux, mapping, tmp_path):
-    family, folder = flux
-    parts = dict.fromkeys(["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+PIPELINES = {
+    "flux": (diffusers.FluxPipeline, ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]),
+    "z-image": (diffusers.ZImagePipeline, ["vae", "text_encoder", "tokenizer"]),
+    "wan": (diffusers.WanPipeline, ["vae", "text_encoder", "tokenizer"]),
+    "cogvideox": (diffusers.CogVideoXPipeline, ["vae", "text_encoder", "tokenizer"]),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines_of_diffusers_own_work_the_same(name, mapping, tmp_path):
+    cls, others = PIPELINES[name]
+    family, parts = FAMILIES[name], dict.fromkeys(others)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    diffusers.FluxPipeline(scheduler=scheduler, transformer=family.build(), **parts).save_pretrained(tmp_path / "full")
-    pipeline = diffusers.FluxPipeline.from_pretrained(tmp_path / "full", quantization_config=mapping, **parts)
-    stored = family.cls.from_pretrained(folder / "quantized")
-    assert_same_state(pipeline.transformer.state_dict(), stored.state_dict())
+    if name == "cogvideox":
+        scheduler = diffusers.CogVideoXDDIMScheduler()
+    cls(scheduler=scheduler, transformer=family.build(), **parts).save_pretrained(tmp_path / "full")
+    expected = family.build()
+    orbitdit.quantize_(expected, CONFIG, progress=False)
+    pipeline = cls.from_pretrained(tmp_path / "full", quantization_config=mapping, **parts)
+    assert_same_state(pipeline.transformer.state_dict(), expected.state_dict())
     pipeline.save_pretrained(tmp_path / "quantized")
-    loaded = diffusers.FluxPipeline.from_pretrained(tmp_path / "quantized", **parts)
-    assert_same_state(loaded.transformer.state_dict(), stored.state_dict())
+    loaded = cls.from_pretrained(tmp_path / "quantized", **parts)
+    assert_same_state(loaded.transformer.state_dict(), expected.state_dict())

@@ -329,12 +329,26 @@ def test_layers_with_the_same_input_can_share_its_codes():
     assert relative(OrbitLinear.from_linear(linear, 4, 3, seed=2)(x), right @ left.T + fp64(linear.bias)) < 1e-6
 
 
-def test_what_inference_mode_cached_serves_autograd_afterwards():
-    """Tables are shared between calls: one made under inference_mode must not be unusable outside."""
-    linear = torch.nn.Linear(352, 8)  # a width that no other test has put into the caches
+def test_tables_made_inside_a_mode_serve_everybody_afterwards():
+    """Tables are shared between calls; each width here is one that no other test has put into the caches."""
+
+    def build(width):
+        return OrbitLinear.from_linear(nn.Linear(width, 8, device="cpu"), 3, 3)
+
     with torch.inference_mode():
-        layer = OrbitLinear.from_linear(linear, 3, 3)
-        layer(torch.ones(1, 352))
+        build(352)(torch.ones(1, 352))
     x = torch.ones(1, 352, requires_grad=True)
-    OrbitLinear.from_linear(linear, 3, 3)(x).sum().backward()
+    build(352)(x).sum().backward()
     assert x.grad.isfinite().all()
+    layer = build(416)
+    torch.export.export(layer, (torch.ones(2, 416),))
+    assert type(layer(torch.ones(2, 416))) is torch.Tensor
+    with torch.device("meta"):
+        assert build(448)(torch.ones(2, 448, device="cpu")).device.type == "cpu"
+
+
+def test_autocast_changes_nothing():
+    layer, x = OrbitLinear.from_linear(nn.Linear(256, 8), 4, 4), torch.randn(20, 256)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)

@@ -5,10 +5,21 @@ import copy
 import pytest
 import torch
 from accelerate import init_empty_weights
+from peft import LoraConfig
 from torch import nn
 
 from families import FAMILIES
-from orbitdit import Int4Linear, ModelError, OrbitLinear, OrbitQuantConfig, TensorError, dequantize_, plan, quantize_
+from orbitdit import (
+    ConfigError,
+    Int4Linear,
+    ModelError,
+    OrbitLinear,
+    OrbitQuantConfig,
+    TensorError,
+    dequantize_,
+    plan,
+    quantize_,
+)
 from orbitdit.config import QuantMethod
 
 W4A4 = OrbitQuantConfig("w4a4")
@@ -192,7 +203,7 @@ def test_a_quantized_model_is_refused():
     ids=["one layer", "no layer", "all kept"],
 )
 def test_nothing_to_quantize(model, config):
-    linears = sum(isinstance(m, nn.Linear) for m in model.modules())
+    linears = sum(isinstance(m, nn.Linear) for m in model.modules() if m is not model)
     for refuse in (plan, quantize_):
         with pytest.raises(ModelError, match=f"{type(model).__name__} has nothing to quantize: none of its {linears} "):
             refuse(model, config)
@@ -221,8 +232,29 @@ def test_subclasses_of_linear_are_left_alone():
     model = FAMILIES["flux"].build()
     model.transformer_blocks[0].attn.to_q = special = Tied(64, 64)
     found = quantize_(model, W4A4, progress=False)
-    assert found.counts == (33, 6, 8)
+    assert found.counts == (33, 6, 9)
+    assert [row.name for row in found.layers if "subclass" in row.reason] == ["transformer_blocks.0.attn.to_q"]
     assert model.transformer_blocks[0].attn.to_q is special
+
+
+def test_what_is_no_model_or_no_configuration_or_has_adapters_is_refused():
+    model = FAMILIES["flux"].build()
+    with pytest.raises(ModelError, match="such as pipe"):
+        plan(object(), W4A4)
+    with pytest.raises(ConfigError, match=r"OrbitQuantConfig\('w4a4'\)"):
+        quantize_(model, "w4a4")
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ModelError, match="adapters"):
+        quantize_(model, W4A4)
+
+
+def test_fusing_projections_does_not_go_unnoticed():
+    """diffusers concatenates weights there: of a quantized layer it gets NaN, not a wrong number."""
+    family = FAMILIES["flux"]
+    model = family.build()
+    quantize_(model, W4A4, progress=False)
+    model.fuse_qkv_projections()
+    assert family.run(model).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

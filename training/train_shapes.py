@@ -3,7 +3,8 @@
 Rectified flow on endless scenes drawn on the GPU, classifier-free guidance by dropping a tenth of the
 prompts, Muon for the blocks' matrices and AdamW for the rest, a warm-up / constant / decay schedule, and an
 exponential moving average (EMA) that is what gets exported. A run stops at --steps or, at the latest, after
---stop-after seconds; the same command resumes it. Every draw comes from --seed and the step number.
+--stop-after seconds; the same command resumes it from the last state, which is saved every 1000 steps. Every
+draw comes from --seed and the step number.
 
 The end of a run writes the pipeline in bf16 to OUT/pipeline and scores it on the fixed benchmark.
 """
@@ -161,6 +162,11 @@ def main() -> None:
         log.write(line + "\n")
         log.flush()
 
+    def save(step: int) -> None:
+        state = {"net": net.state_dict(), "ema": ema.state_dict(), "opts": [o.state_dict() for o in opts], "step": step}
+        torch.save(state, state_file.with_suffix(".part"))
+        state_file.with_suffix(".part").replace(state_file)
+
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # its compiled backward faults on an H200 with torch 2.11
@@ -191,11 +197,12 @@ def main() -> None:
             pipeline = export(ema)
             pipeline.set_progress_bar_config(disable=True)
             note(step=step + 1, **score(pipeline, 50))
+        if (step + 1) % 1000 == 0:
+            save(step + 1)
         if time.monotonic() - started > args.stop_after:
             break
     done = min(step + 1, args.steps)
-    state = {"net": net.state_dict(), "ema": ema.state_dict(), "opts": [o.state_dict() for o in opts], "step": done}
-    torch.save(state, state_file)
+    save(done)
     pipeline = export(ema).to(torch.bfloat16)
     pipeline.save_pretrained(args.out / "pipeline")
     pipeline.set_progress_bar_config(disable=True)

@@ -105,9 +105,11 @@ def find_model(model: str | None, default: Path, weights: bool = True) -> Path:
         raise CheckpointError(f"{model!r} is no folder and no hub id: name a model folder or an id such as 'org/name'")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"] if weights else ["*.json"]
+    # components and a lone model, but no single-file weights at the root and no variants beside the default ones
+    tensors = ["*.txt", "*.model", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+    patterns = ["*.json", *(tensors if weights else [])]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.bf16.*"]))
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{model} is no folder, and cannot be fetched from the hub: {reason}") from error

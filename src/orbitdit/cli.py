@@ -4,6 +4,7 @@ Each command takes a model folder in diffusers' layout, a hub id, or nothing for
 ends with exit code 2 and one line on standard error.
 """
 
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -14,13 +15,12 @@ from rich.console import Console
 
 from orbitdit.checkpoint import find_model, new_folder
 from orbitdit.config import OrbitQuantConfig
-from orbitdit.errors import ConfigError, DependencyError, OrbitDiTError
+from orbitdit.errors import CheckpointError, ConfigError, DependencyError, OrbitDiTError
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import benchmark
 
 app = typer.Typer(
     help="Quantize diffusion transformers to 2-4 bits, generate with them and compare.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -67,10 +67,13 @@ def plan(
 
     config = _config(bits, seed, rule)
     plans = [plan_model(skeleton(path), config) for path in transformers_in(_find(model, weights=False)).values()]
+    if out is not None and out.exists():
+        raise CheckpointError(f"--out {out} exists: choose another file")
     if out is not None:
         write_json({"plans": [plan_dict(found) for found in plans]}, out)
+    console = Console()
     for found in plans:
-        Console().print(plan_table(found))
+        console.print(plan_table(found, wide=console.width >= 110))
 
 
 @app.command()
@@ -115,6 +118,8 @@ def generate(
 
     if not prompt:
         raise ConfigError("there is nothing to generate: give at least one --prompt")
+    if bits is None and (rule or rotation_seed):
+        raise ConfigError("--rule and --rotation-seed have no effect without --bits: give --bits too")
     config = _config(bits, rotation_seed, rule) if bits is not None else None
     folder, where = _find(model), _device(device)
     with new_folder(out) as scratch:
@@ -154,13 +159,14 @@ def compare(
     from orbitdit import evaluate
     from orbitdit.report import picture_grid, results_dict, results_table, write_json
 
-    configs = [_config(b, rotation_seed, rule) for b in bits or ["w4a4", "w2a4"]]
+    configs, where = [_config(b, rotation_seed, rule) for b in bits or ["w4a4", "w2a4"]], _device(device)
     prompts = prompt or ([p.text for p in benchmark(per_category)] if model is None else [])
     options = _options(steps, guidance, height, width, frames)
     with new_folder(out) as scratch:
-        results = evaluate.compare(_find(model), configs, prompts, seed, _device(device), **options)
+        results = evaluate.compare(_find(model), configs, prompts, seed, where, **options)
         picture_grid(results, prompts).save(scratch / "grid.png", optimize=True)
-        settings = {"model": model or "embedded", "seed": seed, "rotation_seed": rotation_seed, **options}
+        settings = {"model": model or "embedded", "device": where, "seed": seed, "rotation_seed": rotation_seed}
+        settings |= {"rules": rule or [], **options}
         write_json(results_dict(results, prompts, **settings), scratch / "results.json")
     Console().print(results_table(results, prompts))
     print(f"pictures: {out / 'grid.png'}   figures: {out / 'results.json'}")
@@ -168,8 +174,9 @@ def compare(
 
 def main() -> None:
     """Run the command line; every error is one line on standard error."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except typer.TyperException as error:
         _fail(error.format_message())
     except OrbitDiTError as error:

@@ -9,7 +9,6 @@ conditions are solved by Newton's method on the positive half, where the Jacobia
 iteration needs thousands of rounds at 8 bits.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from scipy.special import betainc, betaln, ndtri
 from torch import Tensor
 
 from orbitdit.errors import ConfigError
+from orbitdit.tables import shared
 
 MAX_BITS = 8
 
@@ -30,12 +30,11 @@ class Codebook(NamedTuple):
     boundaries: Tensor
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@shared
 def lloyd_max(dim: int, bits: int) -> Codebook:
     """The Lloyd-Max quantizer of one coordinate of a random unit vector in R^dim, at `bits` (1..8) bits.
 
-    Treat the tensors as constants: they are shared. Raises ConfigError for other arguments.
+    The tensors are shared: treat them as constants. Raises ConfigError for other arguments.
     """
     if dim < 1:
         raise ConfigError(f"dim={dim} is not a dimension; a codebook needs dim >= 1")
@@ -48,8 +47,7 @@ def lloyd_max(dim: int, bits: int) -> Codebook:
     return Codebook(centroids, (centroids[1:] + centroids[:-1]) / 2)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@shared
 def codebook_on(dim: int, bits: int, device: torch.device, dtype: torch.dtype) -> Codebook:
     """`lloyd_max(dim, bits)` rounded to `dtype` on `device`."""
     return Codebook(*(t.to(device, dtype) for t in lloyd_max(dim, bits)))
@@ -69,8 +67,7 @@ class Bins(NamedTuple):
     boundary: Tensor
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@shared
 def bins(dim: int, bits: int) -> Bins:
     """The bins of `lloyd_max(dim, bits)`, in fp32 on the CPU."""
     boundaries = lloyd_max(dim, bits).boundaries.float().double()

@@ -72,7 +72,7 @@ def compare(
 ) -> list[Result]:
     """Full precision first, then each of `configs`; `options` go to the pipeline's call.
 
-    Raises ConfigError without prompts, and as `load_model` and `orbitdit.plan` do, before anything is generated.
+    Raises ConfigError without prompts, and errors as `load_model` and `orbitdit.plan` do.
     """
     if not prompts:
         raise ConfigError("there is nothing to compare: give at least one prompt")

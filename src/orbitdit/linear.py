@@ -1,8 +1,8 @@
 """The two layers that a quantized model is made of.
 
 Both hold packed codes and scales as parameters without gradient (offloading moves parameters, not buffers),
-are subclasses of `nn.Linear` (PEFT adapts nothing else), and show a `weight` of the right shape, dtype and
-device that stores one number: enough for code that looks at a layer's weight without using its values.
+are subclasses of `nn.Linear` (PEFT adapts nothing else), and show a `weight` of the right shape that stores one
+number: enough for code that looks at a layer's weight without using its values.
 
 The forward pass is the method's definition in plain torch. With n_i and t the norms of row i and of the token,
 
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from orbitdit.codebook import bins, codebook_on, look_up, nearest, nearest_by_bins
 from orbitdit.config import ACTIVATION_BITS
 from orbitdit.errors import ConfigError, TensorError
-from orbitdit.packing import packed_width, unpack
+from orbitdit.packing import GROUP, packed_width, unpack
 from orbitdit.quantize import (
-    GROUP,
     QuantizedWeight,
     dequantize_int4,
     dequantize_weight,
@@ -64,9 +63,12 @@ class _PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """A stand-in of shape (out, in) over one stored number; use `dequantize` for the values."""
-        number = self.scales if self.bias is None else self.bias
-        return number.detach().flatten()[:1, None].expand(self.out_features, self.in_features)
+        """A stand-in of shape (out, in) that holds NaN, so that nobody computes with it unnoticed.
+
+        On the layer's device, in the dtype of its bias (bf16 without one); `dequantize` gives the values.
+        """
+        like = self.scales if self.bias is None else self.bias
+        return like.detach().new_full((1, 1), torch.nan).expand(self.out_features, self.in_features)
 
     def dequantize(self) -> Tensor:
         """The weight (out, in) in fp32 that the codes stand for."""
@@ -143,7 +145,8 @@ class OrbitLinear(_PackedLinear):
         rows = look_up(unpack(self.codes, self.weight_bits, self.in_features), centroids)
         tokens = x.reshape(-1, self.in_features)
         block = max(1, CACHED_ELEMENTS // self.in_features) if x.is_cpu else max(1, len(tokens))
-        outputs = torch.cat([self._product(part, rows) for part in tokens.split(block)])
+        with torch.autocast(x.device.type, enabled=False):
+            outputs = torch.cat([self._product(part, rows) for part in tokens.split(block)])
         return outputs.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor, rows: Tensor) -> Tensor:

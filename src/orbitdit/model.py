@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import nn
 
 from orbitdit.config import OrbitQuantConfig
-from orbitdit.errors import ModelError
+from orbitdit.errors import ConfigError, ModelError
 from orbitdit.linear import Int4Linear, OrbitLinear, _PackedLinear
 from orbitdit.policy import Layer, LayerPlan, Plan, build_plan
 from orbitdit.quantize import check_weight
@@ -23,14 +24,20 @@ from orbitdit.quantize import check_weight
 def plan(model: nn.Module, config: OrbitQuantConfig) -> Plan:
     """What `quantize_(model, config)` would do: one row for each linear layer. The model may be on the meta device.
 
-    Raises ModelError when the model is quantized already or has nothing to quantize.
+    Raises ModelError when the model is quantized already, has adapters, or has nothing to quantize.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{type(model).__name__} is no model: name its transformer, such as pipe.transformer")
+    if not isinstance(config, OrbitQuantConfig):
+        raise ConfigError(f"config is {type(config).__name__}: write OrbitQuantConfig('w4a4')")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ModelError(f"{type(model).__name__} has adapters: fuse or unload the LoRA before quantizing")
     if any(isinstance(module, _PackedLinear) for module in model.modules()):
         raise ModelError(f"{type(model).__name__} is quantized already: load the full-precision model instead")
     layers = [
-        Layer(name, m.in_features, m.out_features, m.bias is not None, m.weight.element_size())
+        Layer(name, m.in_features, m.out_features, m.bias is not None, m.weight.element_size(), type(m) is nn.Linear)
         for name, m in model.named_modules()
-        if type(m) is nn.Linear  # a subclass may use its weight in ways of its own
+        if isinstance(m, nn.Linear) and name
     ]
     found = build_plan(type(model).__name__, layers, config)
     if not found.select("quantize", "int4"):
@@ -53,7 +60,9 @@ def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True)
         check_weight(linear_named(model, row.name).weight, f"{row.name}.weight")
     rows: Iterable[LayerPlan] = todo
     if progress:
-        rows = track(todo, description=f"Quantizing to {config.label}", transient=True)
+        console = Console(stderr=True)
+        title = f"Quantizing to {config.label}"
+        rows = track(todo, title, console=console, transient=True, disable=not console.is_terminal)
     for row in rows:
         replace_module(model, row.name, quantize_layer(linear_named(model, row.name), row, config.seed))
     _tell_diffusers(model, config)

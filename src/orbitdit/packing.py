@@ -13,6 +13,8 @@ from torch import Tensor
 from orbitdit.errors import ConfigError, TensorError
 
 PACKED_BITS = (2, 3, 4, 6, 8)
+GROUP = 64
+"""Inputs that share one scale in INT4 layers."""
 
 
 def packed_width(dim: int, bits: int) -> int:

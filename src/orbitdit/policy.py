@@ -13,15 +13,14 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from orbitdit.config import OrbitQuantConfig, parse_bits
-from orbitdit.packing import packed_width
+from orbitdit.errors import ConfigError
+from orbitdit.packing import GROUP, packed_width
 
 Rule = tuple[str, str, str]
 
 _MODULATION = "AdaLN modulation"
 _BLOCK = "block"
 _OUTSIDE = "outside blocks"
-GROUP = 64
-
 FAMILIES: dict[str, tuple[Rule, ...]] = {
     "FluxTransformer2DModel": (
         ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
@@ -56,13 +55,15 @@ _MODULATION_NAME = re.compile(r"(^|[._])(ada|mod|norm)", re.IGNORECASE)
 
 
 class Layer(NamedTuple):
-    """What the policy sees of a linear layer; `itemsize` is the bytes of one stored weight."""
+    """What the policy sees of a linear layer: `itemsize` is the bytes of one stored weight, `plain` whether it is an
+    `nn.Linear` itself (a subclass may use its weight in ways of its own, and is kept)."""
 
     name: str
     in_features: int
     out_features: int
     bias: bool
     itemsize: int = 2
+    plain: bool = True
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,23 @@ def effective_bits(layers: Iterable[LayerPlan]) -> float:
 
 
 def build_plan(model: str, layers: Iterable[Layer], config: OrbitQuantConfig) -> Plan:
-    """The plan for a model of class name `model` with these linear layers (in order)."""
+    """The plan for a model of class name `model` with these linear layers (in order).
+
+    Raises ConfigError for a rule of the configuration that matches no layer.
+    """
     layers = list(layers)
-    rules = FAMILIES.get(model) or _structural_rules([layer.name for layer in layers], layers)
+    for glob, _ in config.rules:
+        if not any(fnmatchcase(layer.name, glob) for layer in layers):
+            raise ConfigError(f"rule {glob!r} matches no linear layer of {model}: see orbitdit plan for their names")
+    rules = FAMILIES.get(model) or _structural_rules(layers)
     own = tuple((glob, action, f"rule {glob!r}") for glob, action in config.rules)
     return Plan(model, config, tuple(_decide(layer, (*own, *rules), config) for layer in layers))
 
 
 def _decide(layer: Layer, rules: Sequence[Rule], config: OrbitQuantConfig) -> LayerPlan:
     action, reason = next((a, r) for glob, a, r in rules if fnmatchcase(layer.name, glob))
+    if not layer.plain:
+        action, reason = "keep", "subclass of nn.Linear"
     weight_bits, activation_bits = config.weight_bits, config.activation_bits
     if action not in ("quantize", "int4", "keep"):
         (weight_bits, activation_bits), action = parse_bits(action), "quantize"
@@ -177,11 +186,11 @@ def _coded_size(action: str, weight_bits: int, rows: int, dim: int) -> int:
     return rows * (packed_width(dim, weight_bits) + 2 * scales)
 
 
-def _structural_rules(names: Sequence[str], layers: Sequence[Layer]) -> tuple[Rule, ...]:
+def _structural_rules(layers: Sequence[Layer]) -> tuple[Rule, ...]:
     """Rules for a class without a table, one exact name each, from repeated module lists, names and shapes."""
-    rules = []
-    for name, layer in zip(names, layers, strict=True):
-        block = _block_of(name, names)
+    rules, names = [], [layer.name for layer in layers]
+    for layer in layers:
+        name, block = layer.name, _block_of(layer.name, names)
         if block is None:
             rules.append((name, "keep", _OUTSIDE))
         elif _EMBEDDER.search(name):

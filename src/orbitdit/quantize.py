@@ -3,7 +3,7 @@
 `quantize_weight` is the paper's: rotate each row w_i, store its norm n_i = ||R w_i|| in bf16 and the nearest
 centroids of R w_i / n_i at b bits. `quantize_int4` is for the modulation layers: symmetric round-to-nearest
 in groups of 64 inputs with scale = absmax / 7. Both work in fp64, row block by row block, so that the same
-weight gives the same codes on every device and in every version: rounding differences never reach a boundary.
+weight gives the same codes on every device and in every version: rounding differences practically never decide.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from orbitdit.codebook import codebook_on, look_up, nearest
 from orbitdit.errors import TensorError
-from orbitdit.packing import pack, packed_width, unpack
+from orbitdit.packing import GROUP, pack, packed_width, unpack
 from orbitdit.rotation import rotation
 
-GROUP = 64
 _BLOCK_ELEMENTS = 1 << 23
 
 

@@ -22,31 +22,27 @@ TILE, GAP, BADGE, LABEL, ROWS, SHOWN = 112, 10, 18, 150, 12, 48
 INK, PAPER, RIGHT, WRONG = "#1b1b1f", "#ffffff", "#1a7f37", "#c62828"
 
 
-def plan_table(plan: Plan) -> Table:
-    """One row for each kind of layer, with totals below."""
+def plan_table(plan: Plan, wide: bool = True) -> Table:
+    """One row for each kind of layer, with totals below; all columns need `wide`, about 110 characters."""
     quantized, int4, kept = plan.counts
     table = Table(
         title=f"{plan.model} at {plan.config.label}",
-        caption=f"{quantized} layers {plan.config.label}, {int4} INT4, {kept} kept.\n"
+        caption=f"{quantized} layers quantized, {int4} INT4, {kept} kept.\n"
         f"Changed layers: {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)} MB; "
         f"{plan.effective_bits:.3f} stored bits per quantized weight.",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("layers", overflow="fold")
-    for name in ("count", "to", "in x out", "h", "MB before", "after"):
+    table.add_column("layers", no_wrap=True)
+    for name in ("n", "to", "in x out", *(("h", "MB before") if wide else ()), "MB"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why")
+    if wide:
+        table.add_column("why", no_wrap=True)
     for pattern, count, row in plan.groups():
-        table.add_row(
-            pattern,
-            str(count),
-            row.label,
-            f"{row.in_features} x {row.out_features}",
-            str(row.block_size) if row.action == "quantize" else "",
-            _megabytes(count * row.bytes_before),
-            _megabytes(count * row.bytes_after),
-            row.reason,
-        )
+        block = str(row.block_size) if row.action == "quantize" else ""
+        before, after = (_megabytes(count * size) for size in (row.bytes_before, row.bytes_after))
+        size = f"{row.in_features} x {row.out_features}"
+        more = ([block, before], [row.reason]) if wide else ([], [])
+        table.add_row(pattern, str(count), row.label, size, *more[0], after, *more[1])
     return table
 
 
@@ -105,9 +101,12 @@ def environment() -> dict[str, str]:
 
 def write_json(values: dict[str, Any], path: Path) -> None:
     """Write `values` with stable formatting; raises CheckpointError when `path` cannot be written."""
+    beside = path.with_name(f".{path.name}.part")
     try:
-        path.write_text(json.dumps(values, indent=1) + "\n")
+        beside.write_text(json.dumps(values, indent=1) + "\n")
+        beside.replace(path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written ({error.strerror}): choose another file") from error
 
 

@@ -12,13 +12,12 @@ the first d words is p, and the top bits of the next d words are s (set means -1
 order are the same on every platform and in every version; golden values in the tests pin them.
 """
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from orbitdit.errors import ConfigError, TensorError
+from orbitdit.tables import shared
 
 
 class Rotation:
@@ -64,22 +63,19 @@ class Rotation:
         return f"Rotation(dim={self.dim}, seed={self.seed}, block_size={self.block_size})"
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@shared
 def rotation(dim: int, seed: int = 0) -> Rotation:
     """The shared `Rotation(dim, seed)`; layers with the same input width use the same one."""
     return Rotation(dim, seed)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@shared
 def _tables(dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     r = rotation(dim, seed)
     return r.permutation.to(device), r.signs.to(device, dtype)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@shared
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The Sylvester-Hadamard matrix of order `size`, scaled to be orthogonal."""
     matrix = torch.ones(1, 1, dtype=torch.float64)

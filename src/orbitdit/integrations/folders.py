@@ -12,12 +12,14 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from orbitdit.checkpoint import check_folder, new_folder, read_json, stored_dtype
+from orbitdit.checkpoint import PICKLES, check_folder, new_folder, read_json, stored_dtype
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError, ModelError, OrbitDiTError
 
 OWN_PIPELINES = {"ShapesPipeline": "orbitdit.shapes.pipeline"}
 """Pipelines that diffusers does not know: class -> module."""
+
+WEIGHTS = (".safetensors", ".gguf", *PICKLES)
 
 
 def transformers_in(folder: Path) -> dict[str, Path]:
@@ -80,12 +82,15 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeli
     elif not _is_class(name, diffusers.DiffusionPipeline):
         raise CheckpointError(f"{folder}: the pipeline class {name!r} is unknown to diffusers {diffusers.__version__}")
     with _readable(folder):
-        return cls.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
 
 
 def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig) -> None:
-    """Write `folder`, a model or a pipeline in diffusers' layout, to the new folder `target` with its transformers
-    quantized and everything else copied. Nothing is left behind when it fails; raises as `load_model` does."""
+    """Write `folder`, a model or pipeline in diffusers' layout, to the new folder `target` with transformers quantized.
+
+    Everything else is copied, except weights that lie beside the components. Nothing is left behind when it fails;
+    raises as `load_model` does.
+    """
     components = transformers_in(folder)
     if target.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{target} lies inside {folder}: choose an output folder elsewhere")
@@ -97,7 +102,7 @@ def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig) -> Non
         for item in sorted(folder.iterdir()) if "" not in components else []:
             if item.is_dir() and item.name not in components:
                 shutil.copytree(item, scratch / item.name)
-            elif item.is_file():
+            elif item.is_file() and item.suffix not in WEIGHTS:
                 shutil.copy2(item, scratch / item.name)
 
 

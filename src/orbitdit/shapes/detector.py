@@ -2,7 +2,7 @@
 
 Each pixel goes to the nearest palette colour if it is close enough, else to the background; each connected
 component of one colour is one object; its shape is the template with the largest overlap, or None when no
-template fits (a malformed object still counts as something extra).
+template fits (a malformed object still counts as something extra). Specks below MIN_PIXELS are ignored.
 """
 
 from collections import Counter
