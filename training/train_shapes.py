@@ -12,6 +12,7 @@ The end of a run writes the pipeline in bf16 to OUT/pipeline and scores it on th
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def score(pipeline: ShapesPipeline, per_category: int, batch: int = 600, **optio
     return {**scores, "overall": sum(scores.values()) / len(scores)}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=6933, help="optimizer steps in all")
@@ -138,7 +139,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds until a checkpointed stop")
     parser.add_argument("--per-category", type=int, default=200, help="prompts of each category in the final score")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def finish(ema: Net, out: Path, per_category: int, note: Callable[..., None]) -> None:
+    """Write the pipeline in bf16 to OUT/pipeline and note its scores with several samplers."""
+    pipeline = export(ema).to(torch.bfloat16)
+    pipeline.save_pretrained(out / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    for shift, guidance, steps in FINAL_SAMPLERS:
+        pipeline.scheduler.set_shift(shift)
+        options = {"guidance_scale": guidance, "num_inference_steps": steps}
+        note(shift=shift, **options, **score(pipeline, per_category, **options))
+
+
+def main() -> None:
+    args = arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -203,13 +219,7 @@ def main() -> None:
             break
     done = min(step + 1, args.steps)
     save(done)
-    pipeline = export(ema).to(torch.bfloat16)
-    pipeline.save_pretrained(args.out / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
-    for shift, guidance, steps in FINAL_SAMPLERS:
-        pipeline.scheduler.set_shift(shift)
-        options = {"guidance_scale": guidance, "num_inference_steps": steps}
-        note(step=done, shift=shift, **options, **score(pipeline, args.per_category, **options))
+    finish(ema, args.out, args.per_category, lambda **row: note(step=done, **row))
     note(step=done, seconds=time.monotonic() - started)
 
 
