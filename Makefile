@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Both make .venv and install into it first.
-# Waiting threads must not spin: where other processes share the cores, spinning makes torch 100 times slower.
+# Waiting threads must not spin: where other processes share the cores, spinning makes torch crawl.
 export OMP_WAIT_POLICY = passive
 
 PYTHON ?= python3

@@ -16,7 +16,7 @@ from torch import nn
 
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import ConfigError, ModelError
-from orbitdit.linear import Int4Linear, OrbitLinear, _PackedLinear
+from orbitdit.linear import Int4Linear, OrbitLinear
 from orbitdit.policy import Layer, LayerPlan, Plan, build_plan
 from orbitdit.quantize import check_weight
 
@@ -24,7 +24,8 @@ from orbitdit.quantize import check_weight
 def plan(model: nn.Module, config: OrbitQuantConfig) -> Plan:
     """What `quantize_(model, config)` would do: one row for each linear layer. The model may be on the meta device.
 
-    Raises ModelError when the model is quantized already, has adapters, or has nothing to quantize.
+    Raises ModelError when the model is quantized already, has adapters, or has nothing to quantize, and ConfigError
+    for a rule that matches no layer.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"{type(model).__name__} is no model: name its transformer, such as pipe.transformer")
@@ -32,7 +33,7 @@ def plan(model: nn.Module, config: OrbitQuantConfig) -> Plan:
         raise ConfigError(f"config is {type(config).__name__}: write OrbitQuantConfig('w4a4')")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ModelError(f"{type(model).__name__} has adapters: fuse or unload the LoRA before quantizing")
-    if any(isinstance(module, _PackedLinear) for module in model.modules()):
+    if next(packed_layers(model), None):
         raise ModelError(f"{type(model).__name__} is quantized already: load the full-precision model instead")
     layers = [
         Layer(name, m.in_features, m.out_features, m.bias is not None, m.weight.element_size(), type(m) is nn.Linear)
@@ -51,7 +52,7 @@ def plan(model: nn.Module, config: OrbitQuantConfig) -> Plan:
 def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True) -> Plan:
     """Quantize `model` in place, layer by layer on each layer's device, and return the plan that was carried out.
 
-    Raises ModelError as `plan` does, and TensorError, naming the weight, for NaN or Inf or weights without data;
+    Raises as `plan` does, and TensorError, naming the weight, for NaN or Inf or weights without data;
     the model is unchanged then.
     """
     found = plan(model, config)

@@ -21,6 +21,7 @@ Rule = tuple[str, str, str]
 _MODULATION = "AdaLN modulation"
 _BLOCK = "block"
 _OUTSIDE = "outside blocks"
+
 FAMILIES: dict[str, tuple[Rule, ...]] = {
     "FluxTransformer2DModel": (
         ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
