@@ -6,7 +6,7 @@ import torch
 import orbitdit
 from families import FAMILIES
 from orbitdit import Int4Linear, OrbitLinear, OrbitQuantConfig, Rotation
-from orbitdit.linear import encode_tokens
+from orbitdit.kernels.reference import encode_tokens
 from orbitdit.quantize import quantize_int4, quantize_weight
 
 pytestmark = [

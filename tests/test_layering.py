@@ -14,7 +14,7 @@ import orbitdit
 from orbitdit import errors
 
 SOURCE = Path(orbitdit.__file__).parent
-BASE = "errors config rotation codebook packing quantize linear policy model"
+BASE = "errors config rotation codebook packing quantize kernels linear policy model"
 MAY_IMPORT = {
     "errors": "",
     "config": "errors",
@@ -24,8 +24,16 @@ MAY_IMPORT = {
     "packing": "errors",
     "policy": "config errors packing",
     "quantize": "codebook errors packing rotation",
-    "linear": "codebook config errors packing quantize rotation",
-    "model": "config errors linear policy quantize",
+    "kernels.nvrtc": "errors",
+    "kernels.reference": "codebook packing rotation tables",
+    "kernels.cpu": "codebook kernels.reference packing rotation tables",
+    "kernels.rotate_encode": "codebook kernels.nvrtc rotation",
+    "kernels.decode": "codebook kernels.nvrtc kernels.reference kernels.rotate_encode",
+    "kernels.matmul": "kernels.nvrtc",
+    "kernels.int4_linear": "kernels.nvrtc kernels.reference",
+    "kernels": "kernels.cpu kernels.decode kernels.int4_linear kernels.matmul kernels.reference kernels.rotate_encode",
+    "linear": "config errors kernels kernels.reference packing quantize",
+    "model": "config errors kernels linear policy quantize",
     "checkpoint": "errors",
     "integrations": "integrations.diffusers",
     "integrations.diffusers": f"{BASE} checkpoint",
@@ -122,7 +130,7 @@ def test_public_names():
         *("CheckpointError", "ConfigError", "DependencyError", "ModelError", "OrbitDiTError", "PromptError"),
         "TensorError",
         *("Codebook", "Int4Linear", "LayerPlan", "OrbitLinear", "OrbitQuantConfig", "Plan", "Rotation"),
-        *("__version__", "dequantize_", "lloyd_max", "plan", "quantize_"),
+        *("__version__", "dequantize_", "lloyd_max", "plan", "quantize_", "set_grid_"),
     }
     imports = [node for node in TREES[""].body if isinstance(node, ast.ImportFrom)]
     here = {alias.name for node in imports for alias in node.names}

@@ -9,7 +9,7 @@ from torch import nn
 
 import oracle
 from orbitdit import ConfigError, Int4Linear, OrbitLinear, TensorError
-from orbitdit.linear import encode_tokens
+from orbitdit.kernels.reference import encode_tokens
 
 DIMS = (256, 960, 1536, 1920, 3072)
 SETTINGS = [(4, 4), (3, 3), (2, 4), (2, 3), (4, 6), (4, 16), (2, 16), (8, 8)]

@@ -20,7 +20,7 @@ from orbitdit.errors import (
 )
 from orbitdit.integrations import register_on_import
 from orbitdit.linear import Int4Linear, OrbitLinear
-from orbitdit.model import dequantize_, plan, quantize_
+from orbitdit.model import dequantize_, plan, quantize_, set_grid_
 from orbitdit.policy import LayerPlan, Plan
 from orbitdit.rotation import Rotation
 
@@ -46,6 +46,7 @@ __all__ = [
     "lloyd_max",
     "plan",
     "quantize_",
+    "set_grid_",
 ]
 
 register_on_import()

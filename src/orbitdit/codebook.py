@@ -4,6 +4,8 @@ A coordinate of a uniformly random unit vector in R^d has the density f(z) ~ (1 
 close to N(0, 1/d). `lloyd_max` gives its optimal 2^bits-level quantizer: every centroid is the mean of its
 cell, every boundary the midpoint of its neighbours. Source: OrbitQuant, arXiv 2607.02461.
 
+`on_grid` puts a codebook on a number grid that tensor cores multiply: centroid k becomes scale * value_k.
+
 Masses and means of cells have closed forms (an incomplete beta function, and (1 - z^2)^((d-1)/2)), so the
 conditions are solved by Newton's method on the positive half, where the Jacobian is tridiagonal; Lloyd's own
 iteration needs thousands of rounds at 8 bits.
@@ -56,6 +58,66 @@ def codebook_on(dim: int, bits: int, device: torch.device, dtype: torch.dtype) -
 def nearest(x: Tensor, boundaries: Tensor) -> Tensor:
     """Codes of the nearest centroids, uint8 of the shape of `x`; a value on a boundary takes the lower one."""
     return torch.bucketize(x, boundaries, out_int32=True).to(torch.uint8)
+
+
+class GridCodebook(NamedTuple):
+    """A codebook whose centroids are `scale` * `values`: `values` (2^b,) ascending, exact in e4m3 or int8, and
+    `boundaries` (2^b - 1,), both fp64 on the CPU."""
+
+    values: Tensor
+    scale: float
+    boundaries: Tensor
+
+
+@shared
+def on_grid(dim: int, bits: int, grid: str, refit: bool) -> GridCodebook:
+    """The codebook C(dim, bits) on the grid "e4m3" or "int8", with the scale of least squared error (issue 3).
+
+    Without `refit` the cells stay those of `lloyd_max` (for stored codes: their meaning must not depend on the grid) and
+    each centroid moves to a point near it. With `refit` (for activations) Lloyd-Max runs under the constraint:
+    boundaries lie midway between points, and points are the nearest to the means of their cells.
+    """
+    exact = lloyd_max(dim, bits)
+    if dim == 1:  # the only coordinates are +1 and -1, the outermost centroids
+        largest = 448.0 if grid == "e4m3" else 127.0
+        return GridCodebook(exact.centroids.sign() * largest, 1 / largest, exact.boundaries)
+    best = (np.inf, GridCodebook(exact.centroids, 1.0, exact.boundaries))
+    for largest in np.linspace(224, 448, 65) if grid == "e4m3" else np.arange(8, 127.5, 0.5):
+        boundaries = exact.boundaries.numpy()
+        values, scale = _fit_to_grid(*_cells(dim, boundaries), float(exact.centroids[-1]) / largest, grid)
+        for _ in range(20 if refit else 0):
+            boundaries = scale * (values[1:] + values[:-1]) / 2
+            previous = values
+            values, scale = _fit_to_grid(*_cells(dim, boundaries), scale, grid)
+            if np.array_equal(values, previous):
+                break
+        mass, mean = _cells(dim, boundaries)
+        error = 1 / dim + (mass * scale * values * (scale * values - 2 * mean)).sum()
+        if error < best[0]:
+            best = (error, GridCodebook(torch.from_numpy(values), scale, torch.from_numpy(boundaries)))
+    return best[1]
+
+
+def _fit_to_grid(mass: np.ndarray, mean: np.ndarray, scale: float, grid: str) -> tuple[np.ndarray, float]:
+    """The points nearest to mean / scale, and the scale that suits them best."""
+    values = torch.from_numpy(mean / scale)
+    if grid == "e4m3":
+        values = values.clamp(-448, 448).float().to(torch.float8_e4m3fn).double()
+    else:
+        values = values.round().clamp(-127, 127)
+    points = values.numpy()
+    return points, float((mass * mean * points).sum() / (mass * points**2).sum())
+
+
+def _cells(dim: int, boundaries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mass and mean of each cell of the density in R^dim between `boundaries` (ascending, inside -1..1)."""
+    edges = np.concatenate([[-1.0], boundaries, [1.0]])
+    above = 0.5 * betainc((dim - 1) / 2, 0.5, 1 - edges**2)
+    above = np.where(edges < 0, 1 - above, above)
+    moment = np.exp(-betaln((dim - 1) / 2, 0.5) + (dim - 1) / 2 * np.log1p(-(edges[1:-1] ** 2))) / (dim - 1)
+    mass = -np.diff(above)
+    mean = -np.diff(moment, prepend=0.0, append=0.0) / np.where(mass > 0, mass, 1)
+    return mass, np.where(mass > 0, mean, (edges[1:] + edges[:-1]) / 2)
 
 
 class Bins(NamedTuple):

@@ -4,20 +4,25 @@ Both hold packed codes and scales as parameters without gradient (offloading mov
 are subclasses of `nn.Linear` (PEFT adapts nothing else), and show a `weight` of the right shape that stores one
 number: enough for code that looks at a layer's weight without using its values.
 
-The forward pass is the method's definition in plain torch. With n_i and t the norms of row i and of the token,
+The forward pass is, with n_i and t the norms of row i and of the token,
 
     y_i = n_i * t * <c_W(i), c_A> + bias_i        (OrbitQuant, arXiv 2607.02461)
+
+in the steps of `kernels`: encode the tokens, decode the codes, multiply. Which grid the centroids lie on is a matter of
+the device that runs the layer, and no part of a checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from orbitdit.codebook import bins, codebook_on, look_up, nearest, nearest_by_bins
+from orbitdit import kernels
 from orbitdit.config import ACTIVATION_BITS
 from orbitdit.errors import ConfigError, TensorError
-from orbitdit.packing import GROUP, packed_width, unpack
+from orbitdit.kernels import EXACT, ops
+from orbitdit.kernels.reference import exact_linear, int4_linear
+from orbitdit.packing import GROUP, packed_width
 from orbitdit.quantize import (
     QuantizedWeight,
     dequantize_int4,
@@ -25,32 +30,49 @@ from orbitdit.quantize import (
     quantize_int4,
     quantize_weight,
 )
-from orbitdit.rotation import rotation
-
-EPSILON = 1e-10
-CACHED_ELEMENTS = 1 << 18
-"""Activations that a CPU handles at a time: the two dozen passes over them then stay in its cache."""
 
 
-def encode_tokens(x: Tensor, bits: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Codes (..., d) uint8 and norms (..., 1) fp32 of tokens `x` (..., d) in any floating dtype.
+class SharedInput:
+    """The encoded input that several layers have in common, held from the first of them to the last.
 
-    The codes are the nearest centroids of R x / (||x|| + 1e-10), all in fp32.
+    A layer that is given the very tensor that is held takes its encoding; any other tensor is encoded anew, so that
+    nothing depends on the layers being called together.
     """
-    unit, norm = _normalize(x, EPSILON)
-    dim = x.shape[-1]
-    rotated = rotation(dim, seed).apply(unit)
-    if x.is_cpu:
-        return nearest_by_bins(rotated, bins(dim, bits)), norm
-    return nearest(rotated, codebook_on(dim, bits, x.device, torch.float32).boundaries), norm
+
+    def __init__(self, members: int):
+        self.members, self.left = members, 0
+        self.held: tuple[Tensor, int, Tensor, Tensor] | None = None
+
+    def encode(self, x: Tensor, bits: int, seed: int, grid: int) -> tuple[Tensor, Tensor]:
+        """`rotate_encode` of the tokens of `x` (..., dim)."""
+        held = self.held
+        if held is not None and held[0] is x and held[1] == grid:
+            self.left -= 1
+            if self.left == 0:
+                self.held = None
+            return held[2], held[3]
+        values, scales = _encode(x, bits, seed, grid)
+        self.held, self.left = (x, grid, values, scales), self.members - 1
+        return values, scales
 
 
-def _normalize(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x / (||x|| + epsilon) and ||x||, in fp32; the norm neither overflows nor underflows where it exists."""
-    x = x.float()
-    largest = x.abs().amax(-1, keepdim=True)
-    norm = largest * (x / largest.where(largest > 0, 1)).norm(dim=-1, keepdim=True)
-    return x / (norm + epsilon), norm
+def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
+    """Let `layers`, which take the same tensor and are called one after the other, encode it once.
+
+    Only layers that encode alike (width, bits and seed) share; the others are left alone.
+    """
+    alike: dict[tuple[int, int, int], list[OrbitLinear]] = {}
+    for layer in layers:
+        if layer.activation_bits < 16:
+            alike.setdefault((layer.in_features, layer.activation_bits, layer.seed), []).append(layer)
+    for members in alike.values():
+        shared = SharedInput(len(members)) if len(members) > 1 else None
+        for layer in members:
+            layer.shared_input = shared
+
+
+def _encode(x: Tensor, bits: int, seed: int, grid: int) -> tuple[Tensor, Tensor]:
+    return ops.rotate_encode(x.reshape(-1, x.shape[-1]).contiguous(), bits, kernels.signed(seed), grid)
 
 
 class _PackedLinear(nn.Linear):
@@ -99,10 +121,11 @@ def _empty(rows: int, dim: int, bits: int, scales: tuple[int, ...], device) -> Q
 class OrbitLinear(_PackedLinear):
     """A linear layer with `weight_bits` codes and one bf16 scale a row, on activations of `activation_bits`.
 
-    Made by `from_linear`, or empty (to load a state dict into) by the constructor. `forward` takes (..., in) in
-    fp32, bf16 or fp16 and gives (..., out) in the same dtype. Norms, rotation and codes are always computed in
-    fp32; the product multiplies the centroids in the input's dtype, so it is exact for fp32 and rounds each
-    centroid once for the others. It raises TensorError for other inputs.
+    Made by `from_linear`, or empty (to load a state dict into) by the constructor. `forward` takes (..., in) in fp32,
+    bf16 or fp16 and gives (..., out) in the same dtype; it raises TensorError for other inputs. fp32 inputs, and all on a
+    CPU, run exactly: the product multiplies the centroids, in fp32 or rounded once to the input's dtype (on a CPU with
+    int8 products, to multiples of 1/127 of the largest). On CUDA, bf16 and fp16 inputs run on the grid of the device
+    (see `kernels.choose`) or on `grid`, if that is set.
     """
 
     def __init__(
@@ -123,6 +146,11 @@ class OrbitLinear(_PackedLinear):
         quantized = quantized or _empty(out_features, in_features, weight_bits, (out_features,), device)
         super().__init__(in_features, out_features, bias, quantized)
         self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed
+        self.grid: int | None = None
+        self.shared_input: SharedInput | None = None
+        # Kept as integers: a model that is cast to another dtype must leave them alone.
+        self.register_buffer("resident_values", None, persistent=False)
+        self.register_buffer("resident_scales", None, persistent=False)
 
     @classmethod
     def from_linear(
@@ -141,26 +169,34 @@ class OrbitLinear(_PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.float32
-        centroids = codebook_on(self.in_features, self.weight_bits, x.device, dtype).centroids
-        rows = look_up(unpack(self.codes, self.weight_bits, self.in_features), centroids)
-        tokens = x.reshape(-1, self.in_features)
-        block = max(1, CACHED_ELEMENTS // self.in_features) if x.is_cpu else max(1, len(tokens))
-        with torch.autocast(x.device.type, enabled=False):
-            outputs = torch.cat([self._product(part, rows) for part in tokens.split(block)])
-        return outputs.view(*x.shape[:-1], self.out_features)
-
-    def _product(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The outputs for tokens `x` (tokens, in), given the centroids of the weight, `rows` (out, in)."""
-        if self.activation_bits == 16:
-            unit, norm = _normalize(x, torch.finfo(torch.float32).tiny)
-            token = rotation(self.in_features, self.seed).apply(unit).to(rows.dtype)
+        bits, shape = (self.weight_bits, self.activation_bits), (self.in_features, self.out_features)
+        if torch.is_grad_enabled() and x.requires_grad:
+            with torch.autocast(x.device.type, enabled=False):
+                y = exact_linear(x.reshape(-1, shape[0]), self.codes, self.scales, self.bias, *bits, self.seed)
+            return y.view(*x.shape[:-1], shape[1])
+        grid = kernels.choose(self.grid, x.device, x.dtype, shape, bits)
+        if grid == EXACT:
+            tokens = x.reshape(-1, shape[0])
+            y = ops.exact_linear(tokens, self.codes, self.scales, self.bias, *bits, kernels.signed(self.seed))
+            return y.view(*x.shape[:-1], shape[1])
+        encode = _encode if self.shared_input is None else self.shared_input.encode
+        values, scales = encode(x, self.activation_bits, self.seed, grid)
+        if self.resident_values is None:
+            y = ops.linear(values, scales, self.codes, self.scales, self.bias, self.weight_bits, x.dtype)
         else:
-            codes, norm = encode_tokens(x, self.activation_bits, self.seed)
-            centroids = codebook_on(self.in_features, self.activation_bits, x.device, rows.dtype).centroids
-            token = look_up(codes, centroids)
-        y = (token @ rows.T) * norm * self.scales.float()
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+            weight, rows = self.resident_values.view(values.dtype), self.resident_scales.view(torch.float32)
+            y = ops.matmul(values, scales, weight, rows, self.bias, x.dtype)
+        return y.view(*x.shape[:-1], shape[1])
+
+    def set_grid(self, grid: int | None, resident: bool) -> None:
+        """Force a grid, or None for the device's own; `resident` keeps the decoded weight, a byte each, in memory."""
+        self.grid = grid
+        self.resident_values = self.resident_scales = None
+        shape, bits = (self.in_features, self.out_features), (self.weight_bits, self.activation_bits)
+        chosen = kernels.choose(grid, self.codes.device, torch.bfloat16, shape, bits)
+        if resident and chosen != EXACT:
+            values, scales = ops.decode(self.codes, self.scales, self.weight_bits, self.in_features, chosen)
+            self.resident_values, self.resident_scales = values.view(torch.uint8), scales.view(torch.int32)
 
     def dequantize(self) -> Tensor:
         return dequantize_weight(
@@ -198,8 +234,9 @@ class Int4Linear(_PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.dequantize().to(x.dtype), bias)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return int4_linear(x, self.codes, self.scales, self.bias)
+        return ops.int4_linear(x, self.codes, self.scales, self.bias)
 
     def dequantize(self) -> Tensor:
         return dequantize_int4(QuantizedWeight(self.codes, self.scales), self.in_features)

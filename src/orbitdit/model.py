@@ -16,8 +16,9 @@ from torch import nn
 
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import ConfigError, ModelError
-from orbitdit.linear import Int4Linear, OrbitLinear
-from orbitdit.policy import Layer, LayerPlan, Plan, build_plan
+from orbitdit.kernels import EXACT, GRIDS, device_grids
+from orbitdit.linear import Int4Linear, OrbitLinear, share_inputs
+from orbitdit.policy import SHARED_INPUTS, Layer, LayerPlan, Plan, build_plan
 from orbitdit.quantize import check_weight
 
 
@@ -66,8 +67,37 @@ def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True)
         rows = track(todo, title, console=console, transient=True, disable=not console.is_terminal)
     for row in rows:
         replace_module(model, row.name, quantize_layer(linear_named(model, row.name), row, config.seed))
+    share_model_inputs(model)
     _tell_diffusers(model, config)
     return found
+
+
+def set_grid_(model: nn.Module, grid: str = "auto", resident: bool = False) -> nn.Module:
+    """Choose, in place, the number grid that quantized layers multiply on, and return the model (issue 3).
+
+    "auto" is the fastest of the device: "e4m3" on CUDA devices of compute capability 8.9 and newer, "int8" on 8.0 and
+    newer, else "exact", which multiplies the centroids themselves. `resident` keeps the weights decoded on the grid, a
+    byte each, beside the codes: more memory, a little less time. Nothing of this is saved with the model. Raises
+    ConfigError for a grid that is unknown, or that the model's device does not multiply.
+    """
+    if grid != "auto" and grid not in GRIDS:
+        raise ConfigError(f"grid {grid!r} is unknown; choose auto, {', '.join(GRIDS)}")
+    number = None if grid == "auto" else GRIDS[grid]
+    layers = [layer for _, layer in packed_layers(model) if isinstance(layer, OrbitLinear)]
+    for device in {layer.codes.device for layer in layers if number not in (None, EXACT)}:
+        if grid not in device_grids(device):
+            raise ConfigError(f"{device} does not multiply {grid}; choose auto, {', '.join(device_grids(device))}")
+    for layer in layers:
+        layer.set_grid(number, resident)
+    return model
+
+
+def share_model_inputs(model: nn.Module) -> None:
+    """Let the quantized layers of each block that take the same tensor encode it once (see `policy.SHARED_INPUTS`)."""
+    packed = {name: layer for name, layer in packed_layers(model) if isinstance(layer, OrbitLinear)}
+    for names in SHARED_INPUTS.get(type(model).__name__, ()):
+        for block in {name.removesuffix(part) for part in names for name in packed if name.endswith(f".{part}")}:
+            share_inputs(packed[block + part] for part in names if block + part in packed)
 
 
 @torch.no_grad()

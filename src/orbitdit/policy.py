@@ -51,6 +51,25 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     ),
 }
 
+_SELF_ATTENTION = ("to_q", "to_k", "to_v")
+SHARED_INPUTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "FluxTransformer2DModel": (
+        (*(f"attn.{name}" for name in _SELF_ATTENTION), "proj_mlp"),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ),
+    "ZImageTransformer2DModel": (
+        tuple(f"attention.{name}" for name in _SELF_ATTENTION),
+        ("feed_forward.w1", "feed_forward.w3"),
+    ),
+    "WanTransformer3DModel": (
+        tuple(f"attn1.{name}" for name in _SELF_ATTENTION),
+        ("attn2.to_k", "attn2.to_v"),
+        ("attn2.add_k_proj", "attn2.add_v_proj"),
+    ),
+    "CogVideoXTransformer3DModel": (tuple(f"attn1.{name}" for name in _SELF_ATTENTION),),
+}
+"""Layers of a block that take the same tensor, by class; names that a block lacks are passed over."""
+
 _EMBEDDER = re.compile(r"embed|(^|\.)emb(\.|$)")
 _MODULATION_NAME = re.compile(r"(^|[._])(ada|mod|norm)", re.IGNORECASE)
 

@@ -76,7 +76,7 @@ def _tables(dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> tu
 
 
 @shared
-def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The Sylvester-Hadamard matrix of order `size`, scaled to be orthogonal."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
@@ -88,5 +88,5 @@ def _block_hadamard(x: Tensor, block_size: int) -> Tensor:
     """H / sqrt(h) on each block of the last axis, as two small factors: H_h = H_outer (x) H_inner."""
     outer = 1 << (block_size.bit_length() // 2)
     inner = block_size // outer
-    y = x.unflatten(-1, (-1, outer, inner)) @ _hadamard(inner, x.device, x.dtype)
-    return (_hadamard(outer, x.device, x.dtype) @ y).flatten(-3)
+    y = x.unflatten(-1, (-1, outer, inner)) @ hadamard(inner, x.device, x.dtype)
+    return (hadamard(outer, x.device, x.dtype) @ y).flatten(-3)

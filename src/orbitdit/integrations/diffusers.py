@@ -18,7 +18,7 @@ from orbitdit.checkpoint import check_file
 from orbitdit.config import OrbitQuantConfig, QuantMethod
 from orbitdit.errors import CheckpointError, ConfigError, TensorError
 from orbitdit.linear import Int4Linear, OrbitLinear
-from orbitdit.model import dequantize_, empty_layer, linear_named, plan, quantize_layer, replace_module
+from orbitdit.model import dequantize_, empty_layer, linear_named, plan, quantize_layer, replace_module, share_model_inputs
 from orbitdit.policy import LayerPlan
 
 
@@ -34,7 +34,7 @@ class OrbitQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True
     is_serializable = True
     is_trainable = False
-    is_compileable = False
+    is_compileable = True
 
     def __init__(self, quantization_config: OrbitQuantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -123,6 +123,7 @@ class OrbitQuantizer(DiffusersQuantizer):
                 raise CheckpointError(
                     f"the checkpoint has no tensor '{name}.weight': it is incomplete or of another model"
                 )
+        share_model_inputs(model)
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
         """For the arithmetic of an automatic `device_map`: a byte a weight, an upper bound of what is stored."""

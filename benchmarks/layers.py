@@ -1,0 +1,183 @@
+"""Linear layers of the four families, from a bf16 input to a bf16 output, ours and the peers'."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import orbitdit
+from benchmarks import peers
+from benchmarks.measure import INPUTS, Candidate, Case, error_bound, relative_error
+from benchmarks.peers import Forward
+from orbitdit import Int4Linear, OrbitLinear
+
+STORED_BITS = {"bf16": 16, "e4m3": 8, "int8": 8, "6": 6, "4": 4, "3": 3, "2": 2}
+SAMPLE = 128
+"""Rows at either end of the output that the gate compares."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who competes: makes a forward pass out of linear layers that share an input.
+
+    `weight` and `activation` name the formats, `peak` the arithmetic of the GEMM, `slack` how much worse than ideal
+    the quantizers may be; `stored` is the format in memory where it is wider than the weight's.
+    """
+
+    make: Callable[[list[nn.Linear]], Forward]
+    weight: str
+    activation: str
+    peak: str
+    slack: float = 1.2
+    stored: str | None = None
+
+
+def ours(weight: int, activation: int, grid: str, resident: bool = False) -> Provider:
+    return Provider(
+        lambda linears: our_layers(linears, weight, activation, grid, resident),
+        str(weight),
+        str(activation),
+        grid,
+        stored=grid if resident else None,
+    )
+
+
+def our_layers(linears: list[nn.Linear], weight: int, activation: int, grid: str, resident: bool) -> Forward:
+    layers = [OrbitLinear.from_linear(linear, weight, activation) for linear in linears]
+    for layer in layers:
+        orbitdit.set_grid_(layer, grid, resident=resident)
+    if len(layers) > 1:
+        orbitdit.model.share_inputs(layers)
+    return lambda x: [layer(x) for layer in layers]
+
+
+def our_int4(linears: list[nn.Linear]) -> Forward:
+    layers = [Int4Linear.from_linear(linear) for linear in linears]
+    return lambda x: [layer(x) for layer in layers]
+
+
+def plain(linears: list[nn.Linear]) -> Forward:
+    return lambda x: [linear(x) for linear in linears]
+
+
+ABSMAX = 2.0
+"""Slack of quantizers that spend their range on the largest value."""
+
+PROVIDERS = {
+    "bf16": Provider(plain, "bf16", "bf16", "bf16"),
+    "W4A4": ours(4, 4, "e4m3"),
+    "W3A3": ours(3, 3, "e4m3"),
+    "W2A4": ours(2, 4, "e4m3"),
+    "W2A3": ours(2, 3, "e4m3"),
+    "W4A6": ours(4, 6, "e4m3"),
+    "W4A4 int8": ours(4, 4, "int8"),
+    "W4A4 resident": ours(4, 4, "e4m3", resident=True),
+    "orbitquant W4A4": Provider(lambda linears: peers.orbitquant(linears, "w4a4"), "4", "4", "int8"),
+    "orbitquant W2A4": Provider(lambda linears: peers.orbitquant(linears, "w2a4"), "2", "4", "int8"),
+    "torchao float8": Provider(peers.torchao_float8, "e4m3", "e4m3", "e4m3"),
+    "torchao int8": Provider(peers.torchao_int8, "int8", "int8", "int8", ABSMAX),
+    "comfy-kitchen W4A4": Provider(peers.comfy_w4a4, "4", "4", "int8", ABSMAX),
+    "comfy-kitchen int8": Provider(peers.comfy_int8, "int8", "int8", "int8", ABSMAX),
+    "sdnq int8": Provider(lambda linears: peers.sdnq(linears, "int8"), "int8", "int8", "int8", ABSMAX),
+    "sdnq uint4": Provider(lambda linears: peers.sdnq(linears, "uint4"), "4", "int8", "int8", ABSMAX),
+}
+MODULATION_PROVIDERS = {
+    "bf16": Provider(plain, "bf16", "bf16", "bf16"),
+    "INT4": Provider(our_int4, "4", "bf16", "bf16"),
+    "orbitquant INT4": Provider(peers.orbitquant_int4, "4", "bf16", "bf16"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`count` linear layers (width -> out) on one input of `tokens` rows."""
+
+    tokens: int
+    width: int
+    out: int
+    count: int = 1
+    modulation: bool = False
+
+    @property
+    def name(self) -> str:
+        out = f"{self.count}x{self.out}" if self.count > 1 else str(self.out)
+        return f"{'modulation' if self.modulation else 'layer'} {self.tokens}, {self.width} to {out}"
+
+
+LAYERS = (
+    Layer(4608, 3072, 12288),
+    Layer(4608, 3072, 3072),
+    Layer(4608, 3072, 3072, count=3),
+    Layer(4608, 12288, 3072),
+    Layer(4608, 15360, 3072),
+    Layer(32760, 5120, 13824),
+    *(
+        Layer(rows, width, out, modulation=True)
+        for width, out in ((3072, 18432), (3072, 9216), (256, 15360), (512, 18432))
+        for rows in (1, 8)
+    ),
+    Layer(4096, 3072, 9216),
+    Layer(4096, 3840, 10240),
+    Layer(32760, 1536, 8960),
+    Layer(17776, 1920, 7680),
+    Layer(512, 3072, 3072),
+)
+"""In the order of what must be known first: a deadline cuts off the end."""
+
+
+@dataclass
+class Workload:
+    """The tensors of a layer's case: random normal inputs, and weights that keep their scale."""
+
+    layer: Layer
+    device: str
+
+    def __post_init__(self) -> None:
+        layer, options = self.layer, {"device": self.device, "dtype": torch.bfloat16}
+        torch.manual_seed(0)
+        self.inputs = [torch.randn(layer.tokens, layer.width, **options) for _ in range(INPUTS)]
+        self.linears = [nn.Linear(layer.width, layer.out, **options) for _ in range(layer.count)]
+        with torch.no_grad():
+            for linear in self.linears:
+                linear.weight.normal_(std=layer.width**-0.5)
+                linear.requires_grad_(False)
+        rows = range(layer.tokens)
+        self.rows = sorted({*rows[:SAMPLE], *rows[-SAMPLE:]})
+        sample = self.inputs[0][self.rows].float()
+        self.reference = torch.cat(
+            [sample @ linear.weight.float().T + linear.bias.float() for linear in self.linears], dim=-1
+        )
+
+    def candidate(self, provider: Provider) -> Candidate:
+        forward = provider.make(self.linears)
+
+        def error() -> float:
+            outputs = torch.cat([y[self.rows] for y in forward(self.inputs[0])], dim=-1)
+            return relative_error(outputs, self.reference)
+
+        bound = error_bound(provider.weight, provider.activation, provider.slack)
+        return Candidate(lambda i: forward(self.inputs[i]), error, bound, self.facts(provider))
+
+    def facts(self, provider: Provider) -> dict[str, float | str]:
+        """Arithmetic, and the bytes that must be moved: input, weights as they are stored, outputs."""
+        layer = self.layer
+        weights = layer.width * layer.out * layer.count
+        stored = weights * STORED_BITS[provider.stored or provider.weight] // 8
+        moved = 2 * layer.tokens * (layer.width + layer.out * layer.count) + stored
+        return {"flops": 2 * layer.tokens * weights, "bytes": moved, "peak": provider.peak}
+
+
+def case_of(layer: Layer, device: str, providers: Mapping[str, Provider] | None = None) -> Case:
+    """The case of a layer with its usual providers, or with others."""
+    competing = providers or (MODULATION_PROVIDERS if layer.modulation else PROVIDERS)
+
+    def opened() -> Mapping[str, Callable[[], Candidate]]:
+        work = Workload(layer, device)
+        return {name: lambda made=made: work.candidate(made) for name, made in competing.items()}
+
+    return Case(layer.name, tuple(competing), opened)
+
+
+def cases(device: str) -> list[Case]:
+    return [case_of(layer, device) for layer in LAYERS]

@@ -1,0 +1,237 @@
+"""One denoising step of the four families' transformers, with random weights, in bf16 at batch 1.
+
+Every provider gets a model of its own, built from one seed. Its first step is timed with compilation in it, and its
+output must be near that of the bf16 model. The providers share one attention backend.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.families import MODELS, Model
+from benchmarks.measure import Limits, one_line, relative_error, summary
+from benchmarks.records import Recorder
+from orbitdit import OrbitQuantConfig, plan, quantize_
+
+STEP_SECONDS = 8.0
+"""Time for the steps that are counted."""
+STEPS = (3, 20)
+"""At least and at most so many of them."""
+WARM_UP = 1
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`prepare` changes a bf16 model in place; `bound` is how far its output may be from bf16's, relatively.
+
+    The bounds are loose, for errors add up over some fifty blocks. An unrelated output is at 1.41; a FLUX of all 57
+    blocks but a twelfth of the width is at 0.26 with W4A4 and at 0.60 with W2A4.
+    """
+
+    prepare: Callable[[nn.Module], None]
+    bound: float
+    peak: str
+    compiled: bool
+
+
+def unchanged(model: nn.Module) -> None:
+    """bf16."""
+
+
+def ours(bits: str) -> Callable[[nn.Module], None]:
+    def prepare(model: nn.Module) -> None:
+        quantize_(model, OrbitQuantConfig(bits), progress=False)
+
+    return prepare
+
+
+def torchao_float8(model: nn.Module) -> None:
+    """The layers that we quantize too, in float8 with a scale per row; modulation stays bf16."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+    from torchao.quantization import quantize_ as torchao_quantize_
+
+    names = {row.name for row in plan(model, OrbitQuantConfig("w4a4")).select("quantize")}
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    torchao_quantize_(model, config, filter_fn=lambda module, name: name in names)
+
+
+def orbitquant(model: nn.Module) -> None:
+    from orbitquant import quantize_model, recipe
+    from orbitquant.kernels.native_packed_matmul import load_native_packed_matmul_kernel
+
+    load_native_packed_matmul_kernel()  # raises when its kernels are not built
+    quantize_model(model, recipe("w4a4", target_policy="auto"))
+
+
+PROVIDERS = {
+    "bf16": Provider(unchanged, 0.02, "bf16", compiled=False),
+    "bf16 compiled": Provider(unchanged, 0.1, "bf16", compiled=True),
+    "W4A4 compiled": Provider(ours("w4a4"), 0.6, "e4m3", compiled=True),
+    "torchao float8 compiled": Provider(torchao_float8, 0.3, "e4m3", compiled=True),
+    "W4A4": Provider(ours("w4a4"), 0.6, "e4m3", compiled=False),
+    "W2A4 compiled": Provider(ours("w2a4"), 1.0, "e4m3", compiled=True),
+    "orbitquant W4A4": Provider(orbitquant, 0.6, "int8", compiled=False),
+}
+"""In the order of what must be known first."""
+
+
+def run_suite(device: str, recorder: Recorder, limits: Limits, attention: str) -> None:
+    """Every model with every selected provider, in order; the deadline is looked at before each."""
+    for case in MODELS:
+        chosen = {name: made for name, made in PROVIDERS.items() if limits.selects(case.name, name)}
+        try:
+            with torch.no_grad():
+                run_model(case, chosen, device, recorder, limits, attention)
+        except Exception as problem:  # out of memory, say: the other models still run
+            for name in chosen:
+                recorder.write("models", case.name, name, "failed", note=one_line(problem))
+
+
+def run_model(
+    case: Model, providers: dict[str, Provider], device: str, recorder: Recorder, limits: Limits, attention: str
+) -> None:
+    if not providers or time.monotonic() > limits.deadline:
+        for name in providers:
+            recorder.write("models", case.name, name, "skipped", note="deadline")
+        return
+    inputs = case.inputs(device)
+    model = build(case, device, attention)
+    flops, reference = count_flops(model, inputs)
+    del model
+    for name, provider in providers.items():
+        free(device)
+        if time.monotonic() > limits.deadline:
+            recorder.write("models", case.name, name, "skipped", note="deadline")
+            continue
+        try:
+            status, facts = run_provider(case, provider, inputs, reference, device, attention)
+        except Exception as problem:  # whatever a peer raises is its result
+            recorder.write("models", case.name, name, "failed", note=one_line(problem))
+            continue
+        recorder.write("models", case.name, name, status, peak=provider.peak, attention=attention, **facts, **flops)
+    free(device)
+
+
+def run_provider(
+    case: Model, provider: Provider, inputs: dict[str, Any], reference: Tensor, device: str, attention: str
+) -> tuple[str, dict[str, Any]]:
+    """Status and facts of one provider: build, quantize, first step, gate, timed steps."""
+    model = build(case, device, attention)
+    _, quantize_s = timed(device, lambda: provider.prepare(model))
+    free(device)
+
+    def first_step() -> Tensor:
+        if provider.compiled:
+            case.mark_blocks(model)
+            model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+        return step(model, inputs)
+
+    output, first_s = timed(device, first_step)
+    error = relative_error(output, reference)
+    graphs = graph_count()
+    facts = {
+        "error": round(error, 4),
+        "bound": provider.bound,
+        "quantize_s": round(quantize_s, 2),
+        "first_step_s": round(first_s, 2),
+        "model_gb": round(model_bytes(model) / 1e9, 3),
+        "graphs": graphs,
+    }
+    del output
+    if not error <= provider.bound:
+        return "refused", {"note": "the correctness gate is red", **facts}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = step_times(device, model, inputs)
+    facts |= {**summary(times), "graphs_later": graph_count() - graphs, "peak_gb": peak_gb(device)}
+    return "ok", facts
+
+
+def build(case: Model, device: str, attention: str) -> nn.Module:
+    """The model in bf16, its linear and convolution weights normal with the scale that keeps the input's."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = case.make().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        kept = any(part in name.split(".") for part in model._keep_in_fp32_modules or ())
+        parameter.data = parameter.data.to(torch.float32 if kept else torch.bfloat16)  # as from_pretrained does
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            module.weight.normal_(std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                module.bias.zero_()
+    model.set_attention_backend(attention)
+    return model
+
+
+def step(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    output = model(**inputs, return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output
+
+
+def count_flops(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, int], Tensor]:
+    """Arithmetic of one step in products and in attention, and the step's output in fp32: the reference.
+
+    These models have no batched products outside attention, which torch may run as such.
+    """
+    with FlopCounterMode(display=False) as counter:
+        output = step(model, inputs)
+    by_op = counter.get_flop_counts()["Global"]
+    attention = sum(flops for op, flops in by_op.items() if "attention" in str(op) or "bmm" in str(op))
+    return {"flops": sum(by_op.values()) - attention, "attention_flops": attention}, output.float()
+
+
+def timed(device: str, call: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of `call` and its seconds, until the device has finished."""
+    start = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def step_times(device: str, model: nn.Module, inputs: dict[str, Any]) -> list[float]:
+    """Microseconds of each step, one after another, as a pipeline runs them."""
+    times: list[float] = []
+    for number in range(WARM_UP + STEPS[1]):
+        _, seconds = timed(device, lambda: step(model, inputs))
+        if number >= WARM_UP:
+            times.append(seconds * 1e6)
+        if len(times) >= STEPS[0] and sum(times) > STEP_SECONDS * 1e6:
+            break
+    return times
+
+
+def model_bytes(model: nn.Module) -> int:
+    """What the parameters and buffers occupy; tensor subclasses are counted by what they hold."""
+    return sum(tensor_bytes(t) for t in (*model.parameters(), *model.buffers()))
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def graph_count() -> int:
+    """How many graphs torch.compile has made since the last reset."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def peak_gb(device: str) -> float | None:
+    return round(torch.cuda.max_memory_allocated() / 1e9, 3) if device == "cuda" else None
+
+
+def free(device: str) -> None:
+    """Forget compiled code and give memory back, so that providers do not meet."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()

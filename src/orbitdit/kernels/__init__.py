@@ -1,0 +1,164 @@
+"""The operations that a quantized layer is made of, as custom ops of torch, and the only place that chooses between them.
+
+    rotate_encode   tokens -> values on a number grid and one scale a token
+    decode          packed codes -> values on the grid and one scale a row
+    matmul          values x values, scaled, plus bias
+    linear          decode and matmul
+    int4_linear     weight-only INT4, for modulation
+    exact_linear    the whole layer with fp32 centroids: the reference, and the route of CPUs and other devices
+
+A tensor core only multiplies, so centroids need not be uniform: each codebook is laid on the points of e4m3 (compute
+capability 8.9 and newer) or int8 (8.0 and newer), and a layer of any bit width is encode, decode, one library GEMM.
+
+`reference` defines each op in plain torch and runs it where there are no kernels. On CUDA the kernels run, or raise.
+`torch.compile` sees ops with known shapes; tables are kept beside them by value (dim, bits, seed, grid), outside of graphs.
+"""
+
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from orbitdit.kernels import cpu, reference
+from orbitdit.kernels import decode as decode_cuda
+from orbitdit.kernels import int4_linear as int4_cuda
+from orbitdit.kernels import matmul as matmul_cuda
+from orbitdit.kernels import rotate_encode as rotate_encode_cuda
+
+EXACT, E4M3, INT8 = 0, 1, 2
+GRIDS = {"exact": EXACT, "e4m3": E4M3, "int8": INT8}
+"""Number grids by name; ops take the number."""
+_NAMES = {number: name for name, number in GRIDS.items()}
+GRID_BITS = 6
+"""Codes of more bits have more levels than a grid tells apart: such layers run exactly."""
+
+_LIBRARY = torch.library.Library("orbitdit", "DEF")
+ops = torch.ops.orbitdit
+
+
+@lru_cache(maxsize=None)
+def device_grids(device: torch.device) -> tuple[str, ...]:
+    """The grids that layers on `device` can run on, fastest first; a CPU runs all of them, to compare."""
+    if device.type == "cpu":
+        return ("int8", "exact", "e4m3") if cpu.multiplies_int8() else ("exact", "int8", "e4m3")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else (0, 0)
+    if capability >= (8, 9):
+        return "e4m3", "int8", "exact"
+    if capability >= (8, 0):
+        return "int8", "exact"
+    if device.type != "meta":
+        warnings.warn(f"orbitdit has no kernels for {device}: layers run in plain torch, slower than bf16", stacklevel=2)
+    return ("exact",)
+
+
+def choose(
+    forced: int | None, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], bits: tuple[int, int]
+) -> int:
+    """The grid that a layer of `shape` (in, out) and `bits` (weight, activation) runs on: this is decided here alone.
+
+    Exact for fp32 and fp64 inputs, for 8-bit codes and unquantized activations, and for widths that no kernel takes.
+    """
+    fits = rotate_encode_cuda.supported(shape[0]) and shape[1] % 16 == 0 and max(bits) <= GRID_BITS
+    if not fits or dtype not in (torch.bfloat16, torch.float16):
+        return EXACT
+    return GRIDS[device_grids(device)[0]] if forced is None else forced
+
+
+def signed(seed: int) -> int:
+    """A seed below 2^64 as the signed 64-bit integer that ops take."""
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
+def _seed(number: int) -> int:
+    return number % (1 << 64)
+
+
+def _define(schema: str, cpu_function, cuda_function, fake) -> None:
+    """One op: its schema, what runs it on the CPU and on CUDA, and the shapes of its results."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, cpu_function, "CPU")
+    _LIBRARY.impl(name, cuda_function, "CUDA")
+    torch.library.register_fake(f"orbitdit::{name}", fake, lib=_LIBRARY)
+
+
+def _grid_dtype(grid: int) -> torch.dtype:
+    return reference.DTYPES[_NAMES[grid]]
+
+
+def _rotate_encode_fake(x, bits, seed, grid):
+    return x.new_empty(x.shape, dtype=_grid_dtype(grid)), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _decode_fake(codes, scales, bits, dim, grid):
+    rows = codes.shape[0]
+    return codes.new_empty((rows, dim), dtype=_grid_dtype(grid)), codes.new_empty((rows,), dtype=torch.float32)
+
+
+def _matmul_fake(values, token_scales, weight, row_scales, bias, dtype):
+    return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
+
+
+def _linear_fake(values, token_scales, codes, scales, bias, bits, dtype):
+    return values.new_empty((values.shape[0], codes.shape[0]), dtype=dtype)
+
+
+def _rows_fake(x, codes, *_):
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _linear_on_cuda(values, token_scales, codes, scales, bias, bits, dtype):
+    """The decoded weight lives until the product is queued: torch's allocator hands the same memory to the next layer."""
+    grid = "int8" if values.dtype == torch.int8 else "e4m3"
+    weight, row_scales = decode_cuda.decode(codes, scales, bits, values.shape[1], grid)
+    return matmul_cuda.matmul(values, token_scales, weight, row_scales, bias, dtype)
+
+
+def _exact_with(function):
+    def exact_linear(x, codes, scales, bias, weight_bits, activation_bits, seed):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed))
+
+    return exact_linear
+
+
+_define(
+    "rotate_encode(Tensor x, int bits, int seed, int grid) -> (Tensor, Tensor)",
+    lambda x, bits, seed, grid: cpu.rotate_encode(x, bits, _seed(seed), _NAMES[grid]),
+    lambda x, bits, seed, grid: rotate_encode_cuda.rotate_encode(x, bits, _seed(seed), _NAMES[grid]),
+    _rotate_encode_fake,
+)
+_define(
+    "decode(Tensor codes, Tensor scales, int bits, int dim, int grid) -> (Tensor, Tensor)",
+    lambda codes, scales, bits, dim, grid: reference.decode(codes, scales, bits, dim, _NAMES[grid]),
+    lambda codes, scales, bits, dim, grid: decode_cuda.decode(codes, scales, bits, dim, _NAMES[grid]),
+    _decode_fake,
+)
+_define(
+    "matmul(Tensor values, Tensor token_scales, Tensor weight, Tensor row_scales, Tensor? bias, ScalarType dtype)"
+    " -> Tensor",
+    reference.matmul,
+    matmul_cuda.matmul,
+    _matmul_fake,
+)
+_define(
+    "linear(Tensor values, Tensor token_scales, Tensor codes, Tensor scales, Tensor? bias, int bits, ScalarType dtype)"
+    " -> Tensor",
+    cpu.linear,
+    _linear_on_cuda,
+    _linear_fake,
+)
+_define(
+    "exact_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int weight_bits, int activation_bits, int seed)"
+    " -> Tensor",
+    _exact_with(cpu.exact_linear),
+    _exact_with(reference.exact_linear),
+    _rows_fake,
+)
+_define(
+    "int4_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
+    reference.int4_linear,
+    int4_cuda.int4_linear,
+    _rows_fake,
+)

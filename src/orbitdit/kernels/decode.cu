@@ -1,0 +1,68 @@
+// Packed codes to grid bytes. The layout has no gaps where a row is a multiple of 16 codes, so the codes are one stream:
+// a thread turns 2 * BITS bytes into 16 and looks each up in a table in shared memory (64 entries and fewer never meet
+// in a bank). UNROLL chunks a thread keep enough loads in flight. The kernel also scales
+// the rows.
+//
+// Compile-time: BITS (2, 3, 4, 6, 8), THREADS, UNROLL.
+
+#define ENTRIES (1 << BITS)
+
+// codes (chunks * 2 * BITS,), table (ENTRIES,), out (chunks * 16,), scales (rows,) bf16, row_scales (rows,)
+KERNEL void __launch_bounds__(THREADS) decode(const u8* __restrict__ codes, const u8* __restrict__ table,
+                                              u8* __restrict__ out, const u16* __restrict__ scales,
+                                              float* __restrict__ row_scales, int chunks, int rows, float scale) {
+  __shared__ u8 entries[ENTRIES];
+  for (int i = threadIdx.x; i < ENTRIES; i += THREADS) entries[i] = table[i];
+  for (int row = blockIdx.x * THREADS + threadIdx.x; row < rows; row += gridDim.x * THREADS)
+    row_scales[row] = bf16_to_float(scales[row]) * scale;
+  const int first = blockIdx.x * THREADS * UNROLL + threadIdx.x;
+  u32 words[UNROLL][4];
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const int chunk = first + u * THREADS;
+    if (chunk >= chunks) continue;
+    const u8* const from = codes + static_cast<i64>(chunk) * 2 * BITS;
+#if BITS == 2
+    words[u][0] = *reinterpret_cast<const u32*>(from);
+#elif BITS == 3
+    const u16* const part = reinterpret_cast<const u16*>(from);
+    words[u][0] = part[0] | static_cast<u32>(part[1]) << 16;
+    words[u][1] = part[2];
+#elif BITS == 4
+    const uint2 both = *reinterpret_cast<const uint2*>(from);
+    words[u][0] = both.x;
+    words[u][1] = both.y;
+#elif BITS == 6
+    const u32* const part = reinterpret_cast<const u32*>(from);
+    words[u][0] = part[0];
+    words[u][1] = part[1];
+    words[u][2] = part[2];
+#else
+    const uint4 all = *reinterpret_cast<const uint4*>(from);
+    words[u][0] = all.x;
+    words[u][1] = all.y;
+    words[u][2] = all.z;
+    words[u][3] = all.w;
+#endif
+  }
+  __syncthreads();
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const int chunk = first + u * THREADS;
+    if (chunk >= chunks) continue;
+    u32 result[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      u32 value[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int bit = (4 * w + i) * BITS, word = bit / 32, shift = bit % 32;
+        u32 code = words[u][word] >> shift;
+        if (shift + BITS > 32) code |= words[u][(word + 1) & 3] << (32 - shift);
+        value[i] = entries[code & (ENTRIES - 1)];
+      }
+      result[w] = __byte_perm(__byte_perm(value[0], value[1], 0x0040), __byte_perm(value[2], value[3], 0x0040), 0x5410);
+    }
+    *reinterpret_cast<uint4*>(out + static_cast<i64>(chunk) * 16) = make_uint4(result[0], result[1], result[2], result[3]);
+  }
+}

@@ -1,0 +1,163 @@
+"""CUDA kernels from source, compiled at run time by NVRTC and launched through the driver.
+
+NVRTC and the driver come with every CUDA build of torch, on Linux and on Windows: no compiler on the user's machine,
+no wheel that breaks with the next torch, and kernels may use tensor-core fragments and byte permutations, which
+Triton does not offer. A kernel is compiled when it is first launched (about a second each).
+"""
+
+import ctypes
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orbitdit.errors import DependencyError
+
+Defines = tuple[tuple[str, int], ...]
+_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_FREE_SHARED_BYTES = 48 << 10
+"""What a kernel may take without asking."""
+
+
+def source(name: str) -> str:
+    """The text of kernel file `name`, without the prelude."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+class Kernel:
+    """One kernel on one device. `launch` takes tensors (or None) as pointers, and 32-bit ints and floats."""
+
+    def __init__(self, file: str, name: str, defines: Defines, device: int):
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # creates the context
+            self._module = ctypes.c_void_p()
+            _check(_driver().cuModuleLoadData(ctypes.byref(self._module), _compile(file, defines, _arch(device))))
+            self._function = ctypes.c_void_p()
+            _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
+        self._device = device
+        self._shared = _FREE_SHARED_BYTES
+
+    def blocks_per_processor(self, block: int, shared: int) -> int:
+        """How many blocks of `block` threads with `shared` bytes of dynamic shared memory run at a time."""
+        self._allow(shared)
+        found = ctypes.c_int()
+        _check(
+            _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                ctypes.byref(found), self._function, ctypes.c_int(block), ctypes.c_size_t(shared)
+            )
+        )
+        return found.value
+
+    def launch(self, grid: int, block: int, shared: int, *arguments: Any) -> None:
+        """Launch on the current stream of the kernel's device."""
+        self._allow(shared)
+        values = [_argument(a) for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+        if torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                _check(_driver().cuLaunchKernel(self._function, grid, 1, 1, block, 1, 1, shared, stream, pointers, None))
+        else:
+            _check(_driver().cuLaunchKernel(self._function, grid, 1, 1, block, 1, 1, shared, stream, pointers, None))
+
+    def _allow(self, shared: int) -> None:
+        if shared > self._shared:
+            _check(_driver().cuFuncSetAttribute(self._function, _SHARED_BYTES, shared))
+            self._shared = shared
+
+
+@lru_cache(maxsize=None)
+def kernel(file: str, name: str, defines: Defines, device: int) -> Kernel:
+    """The shared `Kernel`."""
+    return Kernel(file, name, defines, device)
+
+
+@lru_cache(maxsize=None)
+def processors(device: int) -> int:
+    """Streaming multiprocessors of the device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def upload(array: np.ndarray, device: int) -> ctypes.c_void_p:
+    """A constant copy of `array` on the device, for the life of the process.
+
+    Outside of torch's allocator: a table that is made while CUDA graphs are being prepared must not lie in a pool that
+    belongs to a graph.
+    """
+    array = np.ascontiguousarray(array)
+    pointer = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()
+        _check(_driver().cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(array.nbytes)))
+        _check(_driver().cuMemcpyHtoD_v2(pointer, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)))
+    return pointer
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(0)
+    if isinstance(value, int):
+        return ctypes.c_int(value)
+    return ctypes.c_float(value) if isinstance(value, float) else value
+
+
+def _arch(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@lru_cache(maxsize=None)
+def _compile(file: str, defines: Defines, arch: str) -> bytes:
+    """The machine code of prelude and `file`. Raises RuntimeError with the compiler's log."""
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    text = (source("prelude.cu") + source(file)).encode()
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, file.encode(), 0, None, None)
+    try:
+        array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), array):
+            size = ctypes.c_size_t()
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"NVRTC cannot compile {file} for {arch}: {log.value.decode(errors='replace')}")
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@lru_cache(maxsize=None)
+def _nvrtc() -> ctypes.CDLL:
+    assert torch.version.cuda is not None
+    major = torch.version.cuda.partition(".")[0]
+    name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
+    return _library(name)
+
+
+@lru_cache(maxsize=None)
+def _driver() -> ctypes.CDLL:
+    return _library("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _library(name: str) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        raise DependencyError(f"{name} is missing ({error}): reinstall torch with CUDA") from error
+
+
+def _check(status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"CUDA driver error {status}: {(text.value or b'unknown').decode()}")

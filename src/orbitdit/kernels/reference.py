@@ -1,0 +1,93 @@
+"""Each operation in plain torch: what the kernels are held to, and what runs where there are none."""
+
+import torch
+from torch import Tensor
+
+from orbitdit.codebook import bins, codebook_on, look_up, nearest, nearest_by_bins, on_grid
+from orbitdit.packing import GROUP, unpack
+from orbitdit.rotation import rotation
+from orbitdit.tables import shared
+
+EPSILON = 1e-10
+DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def normalize(x: Tensor, epsilon: float = EPSILON) -> tuple[Tensor, Tensor]:
+    """x / (||x|| + epsilon) and ||x|| (..., 1), in fp32; the norm neither overflows nor underflows where it exists."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    norm = largest * (x / largest.where(largest > 0, 1)).norm(dim=-1, keepdim=True)
+    return x / (norm + epsilon), norm
+
+
+def rotate_encode(x: Tensor, bits: int, seed: int, grid: str) -> tuple[Tensor, Tensor]:
+    """Tokens `x` (tokens, dim) to values (tokens, dim) on the grid and scales (tokens,) fp32.
+
+    Value * scale is the nearest point of the grid's codebook to R x, in fp32.
+    """
+    unit, norm = normalize(x)
+    dim = x.shape[-1]
+    values, boundaries, scale = _codebook(dim, bits, grid, True, x.device)
+    codes = nearest(rotation(dim, seed).apply(unit), boundaries)
+    return look_up(codes, values.view(torch.uint8)).view(values.dtype), norm.flatten() * scale
+
+
+def decode(codes: Tensor, scales: Tensor, bits: int, dim: int, grid: str) -> tuple[Tensor, Tensor]:
+    """Packed codes (rows, bytes) and scales (rows,) bf16 to values (rows, dim) on the grid and scales (rows,) fp32."""
+    values, _, scale = _codebook(dim, bits, grid, False, codes.device)
+    return look_up(unpack(codes, bits, dim), values.view(torch.uint8)).view(values.dtype), scales.float() * scale
+
+
+def matmul(
+    values: Tensor, token_scales: Tensor, weight: Tensor, row_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(tokens, dim) and (rows, dim) on one grid, with their scales, to (tokens, rows) in `dtype`; sums in fp32."""
+    y = (values.float() @ weight.float().T) * token_scales[:, None] * row_scales
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def exact_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, weight_bits: int, activation_bits: int, seed: int
+) -> Tensor:
+    """The definition of a layer on tokens `x` (tokens, dim), packed codes (rows, bytes) and norms `scales` (rows,).
+
+    Norms, rotation and codes in fp32; the product multiplies the centroids in the dtype of `x` if that is bf16 or fp16,
+    else in fp32. With 16 activation bits the rotated tokens themselves are multiplied.
+    """
+    dim = x.shape[-1]
+    dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    rows = look_up(unpack(codes, weight_bits, dim), codebook_on(dim, weight_bits, x.device, dtype).centroids)
+    if activation_bits == 16:
+        unit, norm = normalize(x, torch.finfo(torch.float32).tiny)
+        token = rotation(dim, seed).apply(unit).to(dtype)
+    else:
+        token_codes, norm = encode_tokens(x, activation_bits, seed)
+        token = look_up(token_codes, codebook_on(dim, activation_bits, x.device, dtype).centroids)
+    y = (token @ rows.T) * norm * scales.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def encode_tokens(x: Tensor, bits: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes (..., d) uint8 and norms (..., 1) fp32 of tokens `x` (..., d) in any floating dtype.
+
+    The codes are the nearest centroids of R x / (||x|| + 1e-10), all in fp32.
+    """
+    unit, norm = normalize(x)
+    dim = x.shape[-1]
+    rotated = rotation(dim, seed).apply(unit)
+    if x.is_cpu:
+        return nearest_by_bins(rotated, bins(dim, bits)), norm
+    return nearest(rotated, codebook_on(dim, bits, x.device, torch.float32).boundaries), norm
+
+
+def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x (tokens, dim) times INT4 weights (rows, bytes) with scales (rows, groups of 64), in the dtype of `x`."""
+    dim = x.shape[-1]
+    weight = (unpack(codes, 4, dim).float() - 8) * scales.float().repeat_interleave(GROUP, 1)[:, :dim]
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@shared
+def _codebook(dim: int, bits: int, grid: str, refit: bool, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    found = on_grid(dim, bits, grid, refit)
+    return found.values.float().to(DTYPES[grid]).to(device), found.boundaries.float().to(device), found.scale

@@ -1,0 +1,298 @@
+// Tokens to codes on the number grid: norm, permutation, signs, block-Hadamard and nearest centroid in one pass.
+//
+// A block of threads takes TOKENS tokens at a time. It reads each once, 16 bytes a thread, takes the norms on the way (the
+// diagonal of X X^T, on the tensor cores), and lays the tokens into shared memory channel by channel, so that one read of
+// the gather serves all of them. The rest stays in registers: a warp gathers 256 coordinates as a 16 x 16 matrix in the
+// layout of a B operand and multiplies it with H_16 from the left; the product has the layout of an A operand, is rounded
+// to fp16 once, and is multiplied with H_16 from the right. That is H_256, since H_256 = H_16 (x) H_16 for any assignment
+// of index bits to rows and columns. Larger Hadamard matrices add FACTOR1 (left) and FACTOR2 (right) such tiles with the
+// signs of H_FACTOR1 and H_FACTOR2; smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the
+// identity on the others.
+//
+// Bits of a coordinate's index in its tile, low to high: c0 c3 r3 c1 c2 r0 r1 r2 (r: row, c: column), which gives each
+// lane 8 consecutive coordinates in the end, and `lane * 8` is where they start.
+//
+// The power of two in 1 / norm rides on the left H_16, which keeps the rounding to fp16 in range for nothing; the rest of
+// 1 / norm, and what the Hadamard factors leave out, is in the slope of the bins.
+//
+// A code is looked up. Up to 4 bits, 32 equal bins hold at most one boundary each; lane k holds the entry of bin k (the
+// boundary's place in the bin above 16 bits, then the grid byte above it, then the one below), and a shuffle is the table,
+// without bank conflicts. For more bits, BINS bins in shared memory hold the grid byte of their middle; their width was
+// chosen so that boundaries lie close to edges of bins.
+//
+// Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS,
+// HALF (fp16, else bf16), MIN_BLOCKS (a processor, for the compiler's choice of registers).
+
+#define TILES (FACTOR1 * FACTOR2)
+#define THREADS (WARPS * 32)
+#define VECTORS (DIM / 8)
+#define UNITS ((DIM + 256 * TILES - 1) / (256 * TILES))
+#define STEPS ((VECTORS + THREADS - 1) / THREADS)  // vectors of a token a thread
+#define LOADS (STEPS < 8 / TOKENS ? STEPS : 8 / TOKENS)  // that it asks for at a time
+#define ROUNDS ((UNITS + WARPS - 1) / WARPS)       // units a warp
+
+#if HALF
+#define input_to_float f16_to_float
+#define mma_input mma_f16
+#define mma_input_first mma_f16_first
+#define mma_input_k8 mma_f16_k8
+#define ONE 0x3c00u
+#else
+#define input_to_float bf16_to_float
+#define mma_input mma_bf16
+#define mma_input_first mma_bf16_first
+#define mma_input_k8 mma_bf16_k8
+#define ONE 0x3f80u
+#endif
+
+// An entry of the Hadamard matrix over the bits in `mask` (identity over the others) as 16 bits, `one` being 1.0.
+__device__ inline u32 entry(int row, int column, int mask, u32 one) {
+  return (row ^ column) & ~mask ? 0u : one | (__popc(row & column & mask) & 1) << 15;
+}
+
+__device__ inline u32 entry_pair(int row, int column, int mask, u32 one) {
+  return entry(row, column, mask, one) | entry(row, column + 1, mask, one) << 16;
+}
+
+__device__ inline float sum_of_warp(float v) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}
+
+__device__ inline float max_of_warp(float v) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, step));
+  return v;
+}
+
+// The norm of a token whose squares leave fp32, by all threads of the block.
+__device__ float careful_norm(const u16* token, float* partial) {
+  const int warp = threadIdx.x >> 5;
+  float largest = 0.f;
+  for (int c = threadIdx.x; c < DIM; c += THREADS) largest = fmaxf(largest, fabsf(input_to_float(token[c * TOKENS])));
+  largest = max_of_warp(largest);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) partial[warp] = largest;
+  __syncthreads();
+  for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, partial[w]);
+  float sum = 0.f;
+  for (int c = threadIdx.x; c < DIM; c += THREADS) {
+    const float v = input_to_float(token[c * TOKENS]) / (largest > 0.f ? largest : 1.f);
+    sum += v * v;
+  }
+  sum = sum_of_warp(sum);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) partial[warp] = sum;
+  __syncthreads();
+  sum = 0.f;
+  for (int w = 0; w < WARPS; ++w) sum += partial[w];
+  __syncthreads();
+  return largest * sqrtf(sum);
+}
+
+// Lays vector v of all tokens out by channel: a word (or half a word, or two) holds one channel of each.
+__device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
+  uint4* const to = reinterpret_cast<uint4*>(staged) + v;
+#if TOKENS == 1
+  to[0] = r[0];
+#elif TOKENS == 2
+  to[0] = make_uint4(__byte_perm(r[0].x, r[1].x, 0x5410), __byte_perm(r[0].x, r[1].x, 0x7632),
+                     __byte_perm(r[0].y, r[1].y, 0x5410), __byte_perm(r[0].y, r[1].y, 0x7632));
+  to[VECTORS] = make_uint4(__byte_perm(r[0].z, r[1].z, 0x5410), __byte_perm(r[0].z, r[1].z, 0x7632),
+                           __byte_perm(r[0].w, r[1].w, 0x5410), __byte_perm(r[0].w, r[1].w, 0x7632));
+#else
+  const u32 a[4] = {r[0].x, r[0].y, r[0].z, r[0].w}, b[4] = {r[1].x, r[1].y, r[1].z, r[1].w};
+  const u32 c[4] = {r[2].x, r[2].y, r[2].z, r[2].w}, d[4] = {r[3].x, r[3].y, r[3].z, r[3].w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    to[j * VECTORS] = make_uint4(__byte_perm(a[j], b[j], 0x5410), __byte_perm(c[j], d[j], 0x5410),
+                                 __byte_perm(a[j], b[j], 0x7632), __byte_perm(c[j], d[j], 0x7632));
+#endif
+}
+
+// x (tokens, DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table (BINS,) u32 or
+// bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2 bytes.
+KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
+    rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
+                  u8* __restrict__ out, float* __restrict__ scales, int tokens, float to_unit, float slope,
+                  float grid_scale) {
+#if BINS > 32
+  __shared__ uint4 bins[BINS / 16];
+  const float base = index_base(bins);
+  for (int i = threadIdx.x; i < BINS / 16; i += THREADS) bins[i] = table[i];
+#else
+  const u32 bin = reinterpret_cast<const u32*>(table)[threadIdx.x & 31];
+#endif
+  __shared__ float partial[TOKENS][WARPS];
+  u8* const staged = dynamic_shared();
+  // the shuffle tells the compiler that all lanes agree on it
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), g = lane >> 2, q = lane & 3;
+
+  if (threadIdx.x < TOKENS * 8) reinterpret_cast<u16*>(staged)[TOKENS * DIM + threadIdx.x] = 0;  // coordinates past the end
+
+  u32 left[4], right[2][2][2];  // right: [negated]
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    left[i] = entry_pair(g + 8 * (i & 1), 2 * q + 8 * (i >> 1), ROW_BITS, ONE);
+    right[0][i >> 1][i & 1] = entry_pair(g + 8 * (i >> 1), 2 * q + 8 * (i & 1), COLUMN_BITS, 0x3c00u);
+    right[1][i >> 1][i & 1] = right[0][i >> 1][i & 1] ^ 0x80008000u;
+  }
+
+  for (int first = blockIdx.x * TOKENS; first < tokens; first += gridDim.x * TOKENS) {
+    float squares[TOKENS][2][4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; step += LOADS) {
+      uint4 loaded[LOADS][TOKENS];
+#pragma unroll
+      for (int l = 0; l < LOADS; ++l)
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+          const int v = (step + l) * THREADS + threadIdx.x;
+          if ((step + l + 1) * THREADS > VECTORS) loaded[l][t] = make_uint4(0, 0, 0, 0);
+          if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS)
+            loaded[l][t] = load_streaming(x + static_cast<i64>(min(first + t, tokens - 1)) * DIM + v * 8);
+        }
+#pragma unroll
+      for (int l = 0; l < LOADS; ++l) {
+        const int v = (step + l) * THREADS + threadIdx.x;
+        if (step + l >= STEPS) break;
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+          // of [x y] [x]^T and [x y] [y]^T the diagonals, in rows g and g + 8
+          const uint4 r = loaded[l][t];
+          mma_input_k8(squares[t][0], r.x, r.y, r.x);
+          mma_input_k8(squares[t][1], r.x, r.y, r.y);
+          mma_input_k8(squares[t][0], r.z, r.w, r.z);
+          mma_input_k8(squares[t][1], r.z, r.w, r.w);
+        }
+        if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS) lay_out(staged, v, loaded[l]);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      const float diagonal = g & 1 ? squares[t][0][1] + squares[t][1][3] : squares[t][0][0] + squares[t][1][2];
+      const float sum = sum_of_warp(q == g >> 1 ? diagonal : 0.f);
+      if (lane == 0) partial[t][warp] = sum;
+    }
+    __syncthreads();
+
+    float norm[TOKENS];
+    bool ordinary = true;
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) sum += partial[t][w];
+      ordinary &= sum > 1e-24f && sum < 1e36f;
+      norm[t] = sqrtf(sum);
+    }
+    if (!ordinary)
+      for (int t = 0; t < TOKENS; ++t) norm[t] = careful_norm(reinterpret_cast<const u16*>(staged) + t, partial[0]);
+
+    float factor[TOKENS], rise[TOKENS];
+    u32 scaled[TOKENS][4];
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      if (threadIdx.x == t && first + t < tokens) scales[first + t] = norm[t] * grid_scale;
+      factor[t] = to_unit / (norm[t] + 1e-10f);
+      const u32 bits = __float_as_uint(factor[t]);
+      rise[t] = HALF ? slope : slope * __uint_as_float((bits & 0x7fffffu) | 0x3f800000u);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        scaled[t][i] = HALF ? left[i]
+                            : (left[i] & 0x80008000u) | ((bits >> 23) * 0x00800080u & (left[i] >> 7 & 0x00010001u) * 0x7f80u);
+    }
+
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; ++round) {
+      const int unit = round * WARPS + warp;
+      if (UNITS % WARPS && unit >= UNITS) break;
+      u32 middle[TILES][TOKENS][4];
+#pragma unroll
+      for (int f2 = 0; f2 < FACTOR2; ++f2) {
+        float sum[FACTOR1][TOKENS][2][4];
+#pragma unroll
+        for (int f1 = 0; f1 < FACTOR1; ++f1) {
+          const uint4 places = __ldg(gather + (unit * TILES + f2 * FACTOR1 + f1) * 32 + lane);
+          const u32 place[4] = {places.x, places.y, places.z, places.w};
+          u32 b[TOKENS][2][2];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const u32 low = place[i] & 0x7fffu, high = place[i] >> 16 & 0x7fffu;
+#if TOKENS == 1
+            const u16* const channel = reinterpret_cast<const u16*>(staged);
+            b[0][i >> 1][i & 1] = xor_and(__byte_perm(channel[low], channel[high], 0x5410), place[i], 0x80008000u);
+#elif TOKENS == 2
+            const u32 one = reinterpret_cast<const u32*>(staged)[low], two = reinterpret_cast<const u32*>(staged)[high];
+            b[0][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x5410), place[i], 0x80008000u);
+            b[1][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x7632), place[i], 0x80008000u);
+#else
+            const uint2 one = reinterpret_cast<const uint2*>(staged)[low];
+            const uint2 two = reinterpret_cast<const uint2*>(staged)[high];
+            b[0][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x5410), place[i], 0x80008000u);
+            b[1][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x7632), place[i], 0x80008000u);
+            b[2][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x5410), place[i], 0x80008000u);
+            b[3][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x7632), place[i], 0x80008000u);
+#endif
+          }
+#pragma unroll
+          for (int o1 = 0; o1 < FACTOR1; ++o1)
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+              u32 a[4];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) a[i] = scaled[t][i] ^ (__popc(o1 & f1) & 1 ? 0x80008000u : 0u);
+#pragma unroll
+              for (int n = 0; n < 2; ++n)
+                if (f1 == 0)
+                  mma_input_first(sum[o1][t][n], a, b[t][n]);
+                else
+                  mma_input(sum[o1][t][n], a, b[t][n]);
+            }
+        }
+#pragma unroll
+        for (int o1 = 0; o1 < FACTOR1; ++o1)
+#pragma unroll
+          for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float* const c = &sum[o1][t][i >> 1][2 * (i & 1)];
+              middle[f2 * FACTOR1 + o1][t][i] = HALF ? pack_f16(c[0] * factor[t], c[1] * factor[t]) : pack_f16(c[0], c[1]);
+            }
+      }
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+          const int o1 = tile % FACTOR1, o2 = tile / FACTOR1;
+          float sum[2][4];
+#pragma unroll
+          for (int f2 = 0; f2 < FACTOR2; ++f2)
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+              if (f2 == 0)
+                mma_f16_first(sum[n], middle[o1][t], right[0][n]);
+              else
+                mma_f16(sum[n], middle[f2 * FACTOR1 + o1][t], right[__popc(o2 & f2) & 1][n]);
+          u32 byte[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {  // bits of i: c0, c3, r3
+            const float z = fma_sat(sum[i >> 1 & 1][(i & 1) + 2 * (i >> 2)], rise[t], 0.49999994f);  // 0: the lower code
+#if BINS > 32
+            byte[i] = look_up(bins, __fmaf_rn(z, __uint_as_float(BINS - 1), base));
+#else
+            const u32 place = __float_as_uint(__fmaf_rn(z, 2097151.f, 8388608.f));  // 5 bits bin, 16 bits place in it
+            byte[i] = shift_if_greater(__shfl_sync(0xffffffffu, bin, place >> 16), place << 16);
+#endif
+          }
+          const int index = (unit * TILES + tile) * 256 + lane * 8;
+          if (first + t < tokens && (DIM % (256 * TILES) == 0 || index < DIM))
+            *reinterpret_cast<uint2*>(out + static_cast<i64>(first + t) * DIM + index) =
+                make_uint2(__byte_perm(__byte_perm(byte[0], byte[1], 0x0040), __byte_perm(byte[2], byte[3], 0x0040), 0x5410),
+                           __byte_perm(__byte_perm(byte[4], byte[5], 0x0040), __byte_perm(byte[6], byte[7], 0x0040), 0x5410));
+        }
+    }
+    __syncthreads();
+  }
+}

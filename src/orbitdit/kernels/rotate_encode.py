@@ -1,0 +1,178 @@
+"""`rotate_encode` on CUDA: its tables, its tiles, and the launch. See rotate_encode.cu for the idea."""
+
+import ctypes
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orbitdit.codebook import on_grid
+from orbitdit.kernels.nvrtc import kernel, processors, upload
+from orbitdit.rotation import rotation
+
+TILE = 256
+
+
+class Tile(NamedTuple):
+    """How one block size is worked on: tokens that a block of threads takes at a time, the factors of h / 256, warps a
+    block, and the blocks a processor shall have room for."""
+
+    tokens: int
+    factor1: int
+    factor2: int
+    warps: int = 4
+    min_blocks: int = 1
+
+
+TILES = {1: Tile(4, 1, 1), 2: Tile(4, 1, 2), 4: Tile(2, 1, 4), 8: Tile(2, 2, 4), 16: Tile(1, 4, 4)}
+"""By h / 256 (1 for smaller blocks). More tokens share a gather; the registers of factor * tokens tiles set the end."""
+MAX_DIM = 32752
+BINS = 4096
+
+
+def supported(dim: int) -> bool:
+    """Whether the kernel takes tokens of this width."""
+    return dim % 16 == 0 and dim <= MAX_DIM and _factor(dim) in TILES
+
+
+def rotate_encode(x: Tensor, bits: int, seed: int, grid: str, tile: Tile | None = None):
+    """Grid values (tokens, dim) and scales (tokens,) of contiguous bf16 or fp16 `x` (tokens, dim); see reference.py."""
+    tokens, dim = x.shape
+    values = torch.empty(tokens, dim, dtype=torch.float8_e4m3fn if grid == "e4m3" else torch.int8, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    if tokens:
+        half = x.dtype == torch.float16
+        _launcher(dim, bits, seed, grid, half, tile or TILES[_factor(dim)], x.device.index)(x, values, scales)
+    return values, scales
+
+
+@lru_cache(maxsize=None)
+def _launcher(dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile, device: int):
+    """A function that launches the kernel for one width and codebook."""
+    bins, slope, scale = bin_table(dim, bits, grid)
+    defines = compile_options(dim, len(bins), half, tile)
+    built = kernel("rotate_encode.cu", "rotate_encode", tuple(defines.items()), device)
+    gather_on, bins_on = upload(gather_table(dim, seed, tile.tokens), device), upload(bins, device)
+    shared = shared_bytes(dim, tile.tokens)
+    threads = 32 * tile.warps
+    resident = processors(device) * max(1, built.blocks_per_processor(threads, shared))
+    to_unit, slope = scaling(dim, slope, tile)
+    constants = ctypes.c_float(to_unit), ctypes.c_float(slope), ctypes.c_float(scale)
+
+    def launch(x: Tensor, values: Tensor, scales: Tensor) -> None:
+        tokens = len(x)
+        groups = -(-tokens // tile.tokens)
+        rounds = -(-groups // resident)
+        blocks = -(-groups // rounds)  # all blocks are done at the same time
+        built.launch(blocks, threads, shared, x, gather_on, bins_on, values, scales, tokens, *constants)
+
+    return launch
+
+
+def compile_options(dim: int, bins: int, half: bool, tile: Tile) -> dict[str, int]:
+    """The kernel's compile-time constants."""
+    row_bits, column_bits = _hadamard_bits(dim)
+    return {
+        "DIM": dim,
+        "TOKENS": tile.tokens,
+        "FACTOR1": tile.factor1,
+        "FACTOR2": tile.factor2,
+        "ROW_BITS": row_bits,
+        "COLUMN_BITS": column_bits,
+        "BINS": bins,
+        "WARPS": tile.warps,
+        "MIN_BLOCKS": tile.min_blocks,
+        "HALF": int(half),
+    }
+
+
+def shared_bytes(dim: int, tokens: int) -> int:
+    """Dynamic shared memory: the staged tokens and 8 channels of zeros."""
+    return 2 * tokens * (dim + 8)
+
+
+def scaling(dim: int, slope: float, tile: Tile) -> tuple[float, float]:
+    """What the two products leave out: factors to unit variance after the first, and to bins after the second."""
+    rows, columns = (bits.bit_count() for bits in _hadamard_bits(dim))
+    to_unit = (dim / (tile.factor1 << rows)) ** 0.5
+    return to_unit, slope * (tile.factor2 << columns) ** -0.5
+
+
+def gather_table(dim: int, seed: int, tokens: int) -> np.ndarray:
+    """(tiles, 32 lanes, 8) uint16: where in shared memory a lane finds the inputs of its tile; top bit: negate.
+
+    The 8 are those of a B operand, (column 0 or 8) x (row 0 or 8) x (row 0 or 1).
+    """
+    lane = np.arange(32)[:, None]
+    g, q = lane >> 2, lane & 3
+    column_high, row_high, row_low = (np.arange(8) >> bit & 1 for bit in (2, 1, 0))
+    slot = _coordinate(2 * q + row_low + 8 * row_high, g + 8 * column_high)
+    slots = TILE * np.arange(-(-dim // TILE))[:, None, None] + slot
+    drawn = rotation(dim, seed)
+    inside = slots < dim
+    slots = np.where(inside, slots, 0)
+    places = _places(dim, tokens)[drawn.permutation.numpy()[slots]]
+    negate = drawn.signs.numpy()[slots] < 0
+    return np.where(inside, places | negate << 15, dim).astype(np.uint16)
+
+
+def _places(dim: int, tokens: int) -> np.ndarray:
+    """The place of each channel: a thread reads 8 channels and writes `tokens` vectors of 8 / tokens channels each."""
+    channel = np.arange(dim)
+    thread, within, vector = channel // 8, channel % 8, 8 // tokens
+    return vector * (within // vector * (dim // 8) + thread) + within % vector
+
+
+def _coordinate(row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Index in a tile of an element of its 16 x 16 matrix: bits c0 c3 r3 c1 c2 r0 r1 r2, low to high."""
+    bits = [column, column >> 3, row >> 3, column >> 1, column >> 2, row, row >> 1, row >> 2]
+    return sum((bit & 1) << i for i, bit in enumerate(bits))
+
+
+def _hadamard_bits(dim: int) -> tuple[int, int]:
+    """Row and column bits of a tile that belong to the Hadamard matrix: the lowest log2(h) bits of the index."""
+    used = min(dim & -dim, TILE).bit_length() - 1
+    order = [("c", 0), ("c", 3), ("r", 3), ("c", 1), ("c", 2), ("r", 0), ("r", 1), ("r", 2)][:used]
+    return sum(1 << bit for axis, bit in order if axis == "r"), sum(1 << bit for axis, bit in order if axis == "c")
+
+
+def _factor(dim: int) -> int:
+    return max(1, (dim & -dim) // TILE)
+
+
+def bin_table(dim: int, bits: int, grid: str) -> tuple[np.ndarray, float, float]:
+    """Entries (bins,), the slope of bins over coordinates of unit variance, and the codebook's scale.
+
+    Coordinate z falls into place z * slope + 0.5 of the row of bins. Up to 4 bits there are 32 uint32 entries: a
+    boundary's place in its bin above 16 bits, then the grid byte above the boundary, then the one below. For more, BINS
+    bytes: bin k is what z * slope + 0.5, times BINS - 1, rounds to. Of many slopes that cover the codebook that one is
+    chosen which loses least by taking the middle of a bin for all of it: it has the least sum over the boundaries of
+    density times distance to the nearest edge.
+    """
+    codebook = on_grid(dim, bits, grid, True)
+    boundaries = codebook.boundaries.numpy() * dim**0.5
+    values = grid_bytes(codebook.values, grid)
+    if bits <= 4:
+        slope = 0.5 / (1.02 * np.abs(boundaries).max())
+        place = np.floor((boundaries * slope + 0.5) * (2.0**21 - 1)).astype(np.int64)
+        below = np.searchsorted(place >> 16, np.arange(32))
+        above, threshold = below.copy(), np.zeros(32, np.int64)
+        above[place >> 16] += 1
+        threshold[place >> 16] = place & 0xFFFF
+        if len(set(place >> 16)) < len(place):
+            raise ValueError(f"no row of 32 bins separates the boundaries of {bits} bits at d={dim}")
+        entries = threshold << 16 | values.astype(np.int64)[above] << 8 | values[below]
+        return entries.astype(np.uint32), float(slope), codebook.scale
+    slopes = 0.5 / (np.abs(boundaries).max() * np.linspace(1.01, 1.3, 4000))[:, None]
+    place = (boundaries * slopes + 0.5) * (BINS - 1)
+    distance = np.abs(place - np.floor(place) - 0.5) / (slopes * BINS)
+    slope = float(slopes[(np.exp(-(boundaries**2) / 2) * distance).sum(1).argmin(), 0])
+    middle = (np.arange(BINS) / (BINS - 1) - 0.5) / slope
+    return values[np.searchsorted(boundaries, middle)], slope, codebook.scale
+
+
+def grid_bytes(values: Tensor, grid: str) -> np.ndarray:
+    """Values on the grid as bytes (uint8)."""
+    return values.float().to(torch.float8_e4m3fn if grid == "e4m3" else torch.int8).view(torch.uint8).numpy()

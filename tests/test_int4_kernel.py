@@ -1,0 +1,108 @@
+"""The INT4 kernel, run on the CPU by the emulator, against the layer's definition in fp32."""
+
+import pytest
+import torch
+
+from cuda_emulator import launch
+from orbitdit.quantize import QuantizedWeight, dequantize_int4, quantize_int4
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def int4_linear(x, quantized, bias, warps=4, split=2, blocks=3, reverse=False):
+    (rows, dim), n = x.shape, len(quantized.codes)
+    y = torch.full((rows, n), torch.nan, dtype=x.dtype)
+    shared_bytes = warps * 1024 + rows * (512 * split * -(-dim // (256 * split)) + 16)
+    defines = {"DIM": dim, "HALF": int(x.dtype == torch.float16), "WARPS": warps, "SPLIT": split}
+    args = [x, quantized.codes, quantized.scales, bias, y, rows, n]
+    launch("int4_linear.cu", "int4_linear", (blocks, 1, 1), warps * 32, shared_bytes, args, defines, reverse)
+    return y
+
+
+def check(y, x, quantized, bias):
+    """Equal to the fp64 product up to one rounding of the output and what fp32 sums lose."""
+    weight = dequantize_int4(quantized, x.shape[1]).double()
+    expected = x.double() @ weight.T
+    if bias is not None:
+        expected += bias.double()
+    sums = x.double().abs() @ weight.abs().T
+    bound = torch.finfo(x.dtype).eps / 2 * expected.abs() + 1e-6 * sums + torch.finfo(x.dtype).smallest_normal
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "dim", "n"),
+    [
+        (1, 256, 48),
+        (8, 256, 16),
+        (3, 64, 1),
+        (2, 63, 7),  # odd: half a byte is left over
+        (5, 137, 33),
+        (7, 1, 17),
+        (4, 192, 40),  # whole groups, not whole chunks
+        (8, 1152, 31),
+        (2, 1544, 50),  # more chunks than warps
+    ],
+)
+def test_product(dtype, bias, rows, dim, n):
+    quantized, x = quantize_int4(random(n, dim)), random(rows, dim, seed=1).to(dtype)
+    bias = random(n, seed=2).to(dtype) if bias else None
+    check(int4_linear(x, quantized, bias), x, quantized, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("warps", "split", "blocks"), [(1, 1, 1), (4, 1, 2), (4, 4, 5), (12, 12, 2), (6, 3, 1), (4, 2, 20)]
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_shape_of_launch_gives_the_product(dtype, warps, split, blocks, reverse):
+    quantized, x = quantize_int4(random(100, 768)), random(3, 768, seed=1).to(dtype)
+    bias = random(100, seed=2).to(dtype)
+    check(int4_linear(x, quantized, bias, warps, split, blocks, reverse), x, quantized, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_in_every_place(dtype):
+    """Each row of x picks one input, so each output is one weight, exactly."""
+    codes = random(16, 128).mul(1000).int().to(torch.uint8)
+    quantized = QuantizedWeight(codes, torch.tensor([0.5, 1, 2, 4]).bfloat16().expand(16, 4).contiguous())
+    weight = dequantize_int4(quantized, 256)
+    assert set(weight[:, 64:128].flatten().tolist()) == set(range(-8, 8))
+    for start in range(0, 256, 8):
+        x = torch.eye(256)[start : start + 8].to(dtype)
+        assert torch.equal(int4_linear(x, quantized, None, blocks=1).float(), weight[:, start : start + 8].T)
+
+
+def test_the_sum_is_the_same_in_any_order_of_threads():
+    quantized, x = quantize_int4(random(64, 1024)), random(8, 1024, seed=1).half()
+    outputs = [int4_linear(x, quantized, None, 4, 4, reverse=r, blocks=b) for r in (False, True) for b in (1, 4)]
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_row_leaves_the_others_alone(bad):
+    quantized, x = quantize_int4(random(20, 320)), random(8, 320, seed=1).bfloat16()
+    good = int4_linear(x, quantized, None)
+    x[3, 5] = bad
+    y = int4_linear(x, quantized, None)
+    assert not y[3].isfinite().any()
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert torch.equal(y[others], good[others])
+
+
+def test_no_rows():
+    assert int4_linear(torch.empty(0, 64).half(), quantize_int4(random(20, 64)), None).shape == (0, 20)
+
+
+def test_a_row_of_zeros_gives_the_bias():
+    weight = random(20, 64)
+    weight[4] = 0
+    bias = random(20, seed=2).half()
+    y = int4_linear(random(2, 64, seed=1).half(), quantize_int4(weight), bias)
+    assert (y[:, 4] == bias[4]).all()
