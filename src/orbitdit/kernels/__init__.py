@@ -37,9 +37,17 @@ _LIBRARY = torch.library.Library("orbitdit", "DEF")
 ops = torch.ops.orbitdit
 
 
-@lru_cache(maxsize=None)
 def device_grids(device: torch.device) -> tuple[str, ...]:
     """The grids that layers on `device` can run on, fastest first; a CPU runs all of them, to compare."""
+    return _device_grids(device)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: traced code takes the answer as it is.
+device_grids._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=None)
+def _device_grids(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("int8", "exact", "e4m3") if cpu.multiplies_int8() else ("exact", "int8", "e4m3")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else (0, 0)

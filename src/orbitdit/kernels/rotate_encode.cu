@@ -6,7 +6,7 @@
 // layout of a B operand and multiplies it with H_16 from the left; the product has the layout of an A operand, is rounded
 // to fp16 once, and is multiplied with H_16 from the right. That is H_256, since H_256 = H_16 (x) H_16 for any assignment
 // of index bits to rows and columns. Larger Hadamard matrices add FACTOR1 (left) and FACTOR2 (right) such tiles with the
-// signs of H_FACTOR1 and H_FACTOR2; smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the
+// signs of H_FACTOR1 and H_FACTOR2 (with SPLIT, FACTOR2 warps share that work through shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the
 // identity on the others.
 //
 // Bits of a coordinate's index in its tile, low to high: c0 c3 r3 c1 c2 r0 r1 r2 (r: row, c: column), which gives each
@@ -21,7 +21,7 @@
 // chosen so that boundaries lie close to edges of bins.
 //
 // Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS,
-// HALF (fp16, else bf16), MIN_BLOCKS (a processor, for the compiler's choice of registers).
+// SPLIT (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), HALF (fp16, else bf16), MIN_BLOCKS (a processor, for the compiler's choice of registers).
 
 #define TILES (FACTOR1 * FACTOR2)
 #define THREADS (WARPS * 32)
@@ -29,7 +29,8 @@
 #define UNITS ((DIM + 256 * TILES - 1) / (256 * TILES))
 #define STEPS ((VECTORS + THREADS - 1) / THREADS)  // vectors of a token a thread
 #define LOADS (STEPS < 8 / TOKENS ? STEPS : 8 / TOKENS)  // that it asks for at a time
-#define ROUNDS ((UNITS + WARPS - 1) / WARPS)       // units a warp
+#define SIDE_BY_SIDE (SPLIT ? WARPS / FACTOR2 : WARPS)  // units that a block has in hand
+#define ROUNDS ((UNITS + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE)
 
 #if HALF
 #define input_to_float f16_to_float
@@ -112,7 +113,8 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 }
 
 // x (tokens, DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table (BINS,) u32 or
-// bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2 bytes.
+// bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2 bytes and,
+// with SPLIT, 512 for each token and tile that a block has in hand.
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
                   u8* __restrict__ out, float* __restrict__ scales, int tokens, float to_unit, float slope,
@@ -204,94 +206,144 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
                             : (left[i] & 0x80008000u) | ((bits >> 23) * 0x00800080u & (left[i] >> 7 & 0x00010001u) * 0x7f80u);
     }
 
-#pragma unroll 1
-    for (int round = 0; round < ROUNDS; ++round) {
-      const int unit = round * WARPS + warp;
-      if (UNITS % WARPS && unit >= UNITS) break;
-      u32 middle[TILES][TOKENS][4];
+    // The left product of one row of tiles (f2) of a unit, as A operands of the right one.
+    auto left_product = [&](int unit, int f2, u32 (&middle)[FACTOR1][TOKENS][4]) {
+      float sum[FACTOR1][TOKENS][2][4];
 #pragma unroll
-      for (int f2 = 0; f2 < FACTOR2; ++f2) {
-        float sum[FACTOR1][TOKENS][2][4];
+      for (int f1 = 0; f1 < FACTOR1; ++f1) {
+        const uint4 places = __ldg(gather + (unit * TILES + f2 * FACTOR1 + f1) * 32 + lane);
+        const u32 place[4] = {places.x, places.y, places.z, places.w};
+        u32 b[TOKENS][2][2];
 #pragma unroll
-        for (int f1 = 0; f1 < FACTOR1; ++f1) {
-          const uint4 places = __ldg(gather + (unit * TILES + f2 * FACTOR1 + f1) * 32 + lane);
-          const u32 place[4] = {places.x, places.y, places.z, places.w};
-          u32 b[TOKENS][2][2];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const u32 low = place[i] & 0x7fffu, high = place[i] >> 16 & 0x7fffu;
+        for (int i = 0; i < 4; ++i) {
+          const u32 low = place[i] & 0x7fffu, high = place[i] >> 16 & 0x7fffu;
 #if TOKENS == 1
-            const u16* const channel = reinterpret_cast<const u16*>(staged);
-            b[0][i >> 1][i & 1] = xor_and(__byte_perm(channel[low], channel[high], 0x5410), place[i], 0x80008000u);
+          const u16* const channel = reinterpret_cast<const u16*>(staged);
+          b[0][i >> 1][i & 1] = xor_and(__byte_perm(channel[low], channel[high], 0x5410), place[i], 0x80008000u);
 #elif TOKENS == 2
-            const u32 one = reinterpret_cast<const u32*>(staged)[low], two = reinterpret_cast<const u32*>(staged)[high];
-            b[0][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x5410), place[i], 0x80008000u);
-            b[1][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x7632), place[i], 0x80008000u);
+          const u32 one = reinterpret_cast<const u32*>(staged)[low], two = reinterpret_cast<const u32*>(staged)[high];
+          b[0][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x5410), place[i], 0x80008000u);
+          b[1][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x7632), place[i], 0x80008000u);
 #else
-            const uint2 one = reinterpret_cast<const uint2*>(staged)[low];
-            const uint2 two = reinterpret_cast<const uint2*>(staged)[high];
-            b[0][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x5410), place[i], 0x80008000u);
-            b[1][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x7632), place[i], 0x80008000u);
-            b[2][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x5410), place[i], 0x80008000u);
-            b[3][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x7632), place[i], 0x80008000u);
+          const uint2 one = reinterpret_cast<const uint2*>(staged)[low];
+          const uint2 two = reinterpret_cast<const uint2*>(staged)[high];
+          b[0][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x5410), place[i], 0x80008000u);
+          b[1][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x7632), place[i], 0x80008000u);
+          b[2][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x5410), place[i], 0x80008000u);
+          b[3][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x7632), place[i], 0x80008000u);
 #endif
-          }
-#pragma unroll
-          for (int o1 = 0; o1 < FACTOR1; ++o1)
-#pragma unroll
-            for (int t = 0; t < TOKENS; ++t) {
-              u32 a[4];
-#pragma unroll
-              for (int i = 0; i < 4; ++i) a[i] = scaled[t][i] ^ (__popc(o1 & f1) & 1 ? 0x80008000u : 0u);
-#pragma unroll
-              for (int n = 0; n < 2; ++n)
-                if (f1 == 0)
-                  mma_input_first(sum[o1][t][n], a, b[t][n]);
-                else
-                  mma_input(sum[o1][t][n], a, b[t][n]);
-            }
         }
 #pragma unroll
         for (int o1 = 0; o1 < FACTOR1; ++o1)
 #pragma unroll
-          for (int t = 0; t < TOKENS; ++t)
+          for (int t = 0; t < TOKENS; ++t) {
+            u32 a[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float* const c = &sum[o1][t][i >> 1][2 * (i & 1)];
-              middle[f2 * FACTOR1 + o1][t][i] = HALF ? pack_f16(c[0] * factor[t], c[1] * factor[t]) : pack_f16(c[0], c[1]);
-            }
+            for (int i = 0; i < 4; ++i) a[i] = scaled[t][i] ^ (__popc(o1 & f1) & 1 ? 0x80008000u : 0u);
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+              if (f1 == 0)
+                mma_input_first(sum[o1][t][n], a, b[t][n]);
+              else
+                mma_input(sum[o1][t][n], a, b[t][n]);
+          }
       }
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile)
+      for (int o1 = 0; o1 < FACTOR1; ++o1)
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* const c = &sum[o1][t][i >> 1][2 * (i & 1)];
+            middle[o1][t][i] = HALF ? pack_f16(c[0] * factor[t], c[1] * factor[t]) : pack_f16(c[0], c[1]);
+          }
+    };
+
+    // The right product of tile (o1, o2) of a unit from the left products of all f2, its codes, and their way out.
+    auto finish = [&](int unit, int o1, int o2, int t, const u32 (&middle)[FACTOR2][4]) {
+      float sum[2][4];
+#pragma unroll
+      for (int f2 = 0; f2 < FACTOR2; ++f2)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+          if (f2 == 0)
+            mma_f16_first(sum[n], middle[0], right[0][n]);
+          else
+            mma_f16(sum[n], middle[f2], right[__popc(o2 & f2) & 1][n]);
+      u32 byte[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {  // bits of i: c0, c3, r3
+        const float z = fma_sat(sum[i >> 1 & 1][(i & 1) + 2 * (i >> 2)], rise[t], 0.49999994f);  // 0: the lower code
+#if BINS > 32
+        byte[i] = look_up(bins, __fmaf_rn(z, __uint_as_float(BINS - 1), base));
+#else
+        const u32 place = __float_as_uint(__fmaf_rn(z, 2097151.f, 8388608.f));  // 5 bits bin, 16 bits place in it
+        byte[i] = shift_if_greater(__shfl_sync(0xffffffffu, bin, place >> 16), place << 16);
+#endif
+      }
+      const int index = (unit * TILES + o2 * FACTOR1 + o1) * 256 + lane * 8;
+      if (first + t < tokens && (DIM % 256 == 0 || index < DIM))
+        *reinterpret_cast<uint2*>(out + static_cast<i64>(first + t) * DIM + index) =
+            make_uint2(__byte_perm(__byte_perm(byte[0], byte[1], 0x0040), __byte_perm(byte[2], byte[3], 0x0040), 0x5410),
+                       __byte_perm(__byte_perm(byte[4], byte[5], 0x0040), __byte_perm(byte[6], byte[7], 0x0040), 0x5410));
+    };
+
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; ++round) {
+#if SPLIT
+      // FACTOR2 warps share a unit: each makes one row of left products and finishes FACTOR1 tiles.
+      const int unit = round * (WARPS / FACTOR2) + warp / FACTOR2, part = warp % FACTOR2;
+      const bool active = UNITS % (WARPS / FACTOR2) == 0 || unit < UNITS;
+      uint4* const exchange =
+          reinterpret_cast<uint4*>(staged + TOKENS * (DIM + 8) * 2) + warp / FACTOR2 * (TILES * TOKENS * 32) + lane;
+      if (active) {
+        u32 middle[FACTOR1][TOKENS][4];
+        left_product(unit, part, middle);
+#pragma unroll
+        for (int o1 = 0; o1 < FACTOR1; ++o1)
+#pragma unroll
+          for (int t = 0; t < TOKENS; ++t) {
+            const u32(&m)[4] = middle[o1][t];
+            exchange[((part * FACTOR1 + o1) * TOKENS + t) * 32] = make_uint4(m[0], m[1], m[2], m[3]);
+          }
+      }
+      __syncthreads();
+      if (active) {
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+          for (int j = 0; j < FACTOR1 / FACTOR2; ++j) {
+            const int o1 = part * (FACTOR1 / FACTOR2) + j;
+            u32 middle[FACTOR2][4];
+#pragma unroll
+            for (int f2 = 0; f2 < FACTOR2; ++f2) {
+              const uint4 m = exchange[((f2 * FACTOR1 + o1) * TOKENS + t) * 32];
+              middle[f2][0] = m.x, middle[f2][1] = m.y, middle[f2][2] = m.z, middle[f2][3] = m.w;
+            }
+#pragma unroll
+            for (int o2 = 0; o2 < FACTOR2; ++o2) finish(unit, o1, o2, t, middle);
+          }
+      }
+      if (ROUNDS > 1) __syncthreads();
+#else
+      const int unit = round * WARPS + warp;
+      if (UNITS % WARPS && unit >= UNITS) break;
+      u32 left_products[FACTOR2][FACTOR1][TOKENS][4];
+#pragma unroll
+      for (int f2 = 0; f2 < FACTOR2; ++f2) left_product(unit, f2, left_products[f2]);
+#pragma unroll
+      for (int o1 = 0; o1 < FACTOR1; ++o1)
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-          const int o1 = tile % FACTOR1, o2 = tile / FACTOR1;
-          float sum[2][4];
+          u32 middle[FACTOR2][4];
 #pragma unroll
           for (int f2 = 0; f2 < FACTOR2; ++f2)
 #pragma unroll
-            for (int n = 0; n < 2; ++n)
-              if (f2 == 0)
-                mma_f16_first(sum[n], middle[o1][t], right[0][n]);
-              else
-                mma_f16(sum[n], middle[f2 * FACTOR1 + o1][t], right[__popc(o2 & f2) & 1][n]);
-          u32 byte[8];
+            for (int i = 0; i < 4; ++i) middle[f2][i] = left_products[f2][o1][t][i];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {  // bits of i: c0, c3, r3
-            const float z = fma_sat(sum[i >> 1 & 1][(i & 1) + 2 * (i >> 2)], rise[t], 0.49999994f);  // 0: the lower code
-#if BINS > 32
-            byte[i] = look_up(bins, __fmaf_rn(z, __uint_as_float(BINS - 1), base));
-#else
-            const u32 place = __float_as_uint(__fmaf_rn(z, 2097151.f, 8388608.f));  // 5 bits bin, 16 bits place in it
-            byte[i] = shift_if_greater(__shfl_sync(0xffffffffu, bin, place >> 16), place << 16);
-#endif
-          }
-          const int index = (unit * TILES + tile) * 256 + lane * 8;
-          if (first + t < tokens && (DIM % (256 * TILES) == 0 || index < DIM))
-            *reinterpret_cast<uint2*>(out + static_cast<i64>(first + t) * DIM + index) =
-                make_uint2(__byte_perm(__byte_perm(byte[0], byte[1], 0x0040), __byte_perm(byte[2], byte[3], 0x0040), 0x5410),
-                           __byte_perm(__byte_perm(byte[4], byte[5], 0x0040), __byte_perm(byte[6], byte[7], 0x0040), 0x5410));
+          for (int o2 = 0; o2 < FACTOR2; ++o2) finish(unit, o1, o2, t, middle);
         }
+#endif
     }
     __syncthreads();
   }

@@ -17,16 +17,23 @@ TILE = 256
 
 class Tile(NamedTuple):
     """How one block size is worked on: tokens that a block of threads takes at a time, the factors of h / 256, warps a
-    block, and the blocks a processor shall have room for."""
+    block, the blocks a processor shall have room for, and whether `factor2` warps share a block of the Hadamard matrix."""
 
     tokens: int
     factor1: int
     factor2: int
     warps: int = 4
     min_blocks: int = 1
+    split: bool = False
 
 
-TILES = {1: Tile(4, 1, 1), 2: Tile(4, 1, 2), 4: Tile(2, 1, 4), 8: Tile(2, 2, 4), 16: Tile(1, 4, 4)}
+TILES = {
+    1: Tile(2, 1, 1, 4, 8),
+    2: Tile(2, 1, 2, 3, 7),
+    4: Tile(2, 1, 4, 4, 6),
+    8: Tile(1, 4, 2, 4, 6, True),
+    16: Tile(1, 4, 4, 4, 6, True),
+}
 """By h / 256 (1 for smaller blocks). More tokens share a gather; the registers of factor * tokens tiles set the end."""
 MAX_DIM = 32752
 BINS = 4096
@@ -55,7 +62,7 @@ def _launcher(dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile,
     defines = compile_options(dim, len(bins), half, tile)
     built = kernel("rotate_encode.cu", "rotate_encode", tuple(defines.items()), device)
     gather_on, bins_on = upload(gather_table(dim, seed, tile.tokens), device), upload(bins, device)
-    shared = shared_bytes(dim, tile.tokens)
+    shared = shared_bytes(dim, tile)
     threads = 32 * tile.warps
     resident = processors(device) * max(1, built.blocks_per_processor(threads, shared))
     to_unit, slope = scaling(dim, slope, tile)
@@ -84,13 +91,15 @@ def compile_options(dim: int, bins: int, half: bool, tile: Tile) -> dict[str, in
         "BINS": bins,
         "WARPS": tile.warps,
         "MIN_BLOCKS": tile.min_blocks,
+        "SPLIT": int(tile.split),
         "HALF": int(half),
     }
 
 
-def shared_bytes(dim: int, tokens: int) -> int:
-    """Dynamic shared memory: the staged tokens and 8 channels of zeros."""
-    return 2 * tokens * (dim + 8)
+def shared_bytes(dim: int, tile: Tile) -> int:
+    """Dynamic shared memory: the staged tokens and 8 channels of zeros, and what warps exchange."""
+    exchanged = tile.warps // tile.factor2 * tile.factor1 * tile.factor2 * tile.tokens * 512 if tile.split else 0
+    return 2 * tile.tokens * (dim + 8) + exchanged
 
 
 def scaling(dim: int, slope: float, tile: Tile) -> tuple[float, float]:
