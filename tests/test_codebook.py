@@ -8,6 +8,7 @@ import torch
 
 import oracle
 from orbitdit import ConfigError, lloyd_max
+from orbitdit.codebook import on_grid
 
 DIMS = (64, 256, 1536, 1920, 3072, 3840, 12288, 15360)
 PUBLISHED_MSE = {1: 0.36338, 2: 0.11748, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000644}
@@ -133,3 +134,41 @@ def test_the_same_codebook_every_time():
 def test_arguments_out_of_range_are_refused(dim, bits):
     with pytest.raises(ConfigError, match=str(bits if dim > 0 else dim)):
         lloyd_max(dim, bits)
+
+
+GRID_EXCESS = {
+    ("e4m3", True): {2: 1.00001, 3: 1.0013, 4: 1.0075, 6: 1.377},
+    ("e4m3", False): {2: 1.00001, 3: 1.0018, 4: 1.0234, 6: 1.739},
+    ("int8", True): {2: 1.00001, 3: 1.00003, 4: 1.0006, 6: 1.029},
+    ("int8", False): {2: 1.00001, 3: 1.00004, 4: 1.0011, 6: 1.076},
+}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize(("grid", "refit"), GRID_EXCESS)
+def test_a_grid_costs_little(grid, refit, bits):
+    """Squared error over that of the free codebook; refitted boundaries must not do worse than the free ones."""
+    values, scale, boundaries = on_grid(3072, bits, grid, refit)
+    error = oracle.mean_squared_error(3072, scale * values.numpy(), boundaries.numpy())
+    exact = oracle.mean_squared_error(3072, *numpy_codebook(3072, bits))
+    assert 1 - 1e-9 <= error / exact <= GRID_EXCESS[grid, refit][bits]
+
+
+@pytest.mark.parametrize("dim", [16, 64, 1536, 15360])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize(("grid", "refit"), GRID_EXCESS)
+def test_codebooks_on_a_grid(grid, refit, bits, dim):
+    values, scale, boundaries = on_grid(dim, bits, grid, refit)
+    exact = lloyd_max(dim, bits)
+    dtype = torch.float8_e4m3fn if grid == "e4m3" else torch.int8
+    assert torch.equal(values.float().to(dtype).double(), values)
+    assert (values.diff() >= 0).all()
+    assert torch.equal(values, -values.flip(0))
+    largest = 448 if grid == "e4m3" else 127
+    assert values.abs().max() <= largest
+    if not refit:  # stored codes keep their cells
+        assert torch.equal(boundaries, exact.boundaries)
+        assert ((scale * values - exact.centroids).abs() <= scale * (16 if grid == "e4m3" else 0.75)).all()
+    else:
+        midpoints = scale * (values[1:] + values[:-1]) / 2
+        torch.testing.assert_close(boundaries, midpoints, rtol=2e-3, atol=1e-12)

@@ -73,7 +73,7 @@ class GridCodebook(NamedTuple):
 def on_grid(dim: int, bits: int, grid: str, refit: bool) -> GridCodebook:
     """The codebook C(dim, bits) on the grid "e4m3" or "int8", with the scale of least squared error (issue 3).
 
-    Without `refit` the cells stay those of `lloyd_max` (for stored codes: their meaning must not depend on the grid) and
+    Without `refit` the cells stay those of `lloyd_max` (for stored codes: their meaning must not depend on a grid) and
     each centroid moves to a point near it. With `refit` (for activations) Lloyd-Max runs under the constraint:
     boundaries lie midway between points, and points are the nearest to the means of their cells.
     """
@@ -99,13 +99,13 @@ def on_grid(dim: int, bits: int, grid: str, refit: bool) -> GridCodebook:
 
 
 def _fit_to_grid(mass: np.ndarray, mean: np.ndarray, scale: float, grid: str) -> tuple[np.ndarray, float]:
-    """The points nearest to mean / scale, and the scale that suits them best."""
-    values = torch.from_numpy(mean / scale)
+    """The points nearest to mean / scale, the same on both sides of zero, and the scale that suits them best."""
+    values = torch.from_numpy(mean[len(mean) // 2 :] / scale)
     if grid == "e4m3":
         values = values.clamp(-448, 448).float().to(torch.float8_e4m3fn).double()
     else:
         values = values.round().clamp(-127, 127)
-    points = values.numpy()
+    points = np.concatenate([-values.numpy()[::-1], values.numpy()])
     return points, float((mass * mean * points).sum() / (mass * points**2).sum())
 
 

@@ -35,24 +35,24 @@ from orbitdit.quantize import (
 class SharedInput:
     """The encoded input that several layers have in common, held from the first of them to the last.
 
-    A layer that is given the very tensor that is held takes its encoding; any other tensor is encoded anew, so that
-    nothing depends on the layers being called together.
+    A layer that is given the very tensor that is held, not written to since, takes its encoding; any other tensor is
+    encoded anew, so that nothing depends on the layers being called together.
     """
 
     def __init__(self, members: int):
         self.members, self.left = members, 0
-        self.held: tuple[Tensor, int, Tensor, Tensor] | None = None
+        self.held: tuple[Tensor, int, int, Tensor, Tensor] | None = None
 
     def encode(self, x: Tensor, bits: int, seed: int, grid: int) -> tuple[Tensor, Tensor]:
         """`rotate_encode` of the tokens of `x` (..., dim)."""
-        held = self.held
-        if held is not None and held[0] is x and held[1] == grid:
+        held, version = self.held, _version(x)
+        if held is not None and held[0] is x and held[1:3] == (version, grid):
             self.left -= 1
             if self.left == 0:
                 self.held = None
-            return held[2], held[3]
+            return held[3], held[4]
         values, scales = _encode(x, bits, seed, grid)
-        self.held, self.left = (x, grid, values, scales), self.members - 1
+        self.held, self.left = (x, version, grid, values, scales), self.members - 1
         return values, scales
 
 
@@ -69,6 +69,11 @@ def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
         shared = SharedInput(len(members)) if len(members) > 1 else None
         for layer in members:
             layer.shared_input = shared
+
+
+def _version(x: Tensor) -> int:
+    """Counts what was written to `x`, where torch counts it."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _encode(x: Tensor, bits: int, seed: int, grid: int) -> tuple[Tensor, Tensor]:
@@ -122,10 +127,9 @@ class OrbitLinear(_PackedLinear):
     """A linear layer with `weight_bits` codes and one bf16 scale a row, on activations of `activation_bits`.
 
     Made by `from_linear`, or empty (to load a state dict into) by the constructor. `forward` takes (..., in) in fp32,
-    bf16 or fp16 and gives (..., out) in the same dtype; it raises TensorError for other inputs. fp32 inputs, and all on a
-    CPU, run exactly: the product multiplies the centroids, in fp32 or rounded once to the input's dtype (on a CPU with
-    int8 products, to multiples of 1/127 of the largest). On CUDA, bf16 and fp16 inputs run on the grid of the device
-    (see `kernels.choose`) or on `grid`, if that is set.
+    bf16 or fp16 and gives (..., out) in the same dtype; it raises TensorError for other inputs. bf16 and fp16 run
+    on the grid of the device (see `kernels.choose`) or on `grid`, if that is set. fp32 inputs, and what no grid takes,
+    run exactly: the product multiplies the centroids, in fp32 or rounded once to the input's dtype.
     """
 
     def __init__(
@@ -181,7 +185,7 @@ class OrbitLinear(_PackedLinear):
             return y.view(*x.shape[:-1], shape[1])
         encode = _encode if self.shared_input is None else self.shared_input.encode
         values, scales = encode(x, self.activation_bits, self.seed, grid)
-        if self.resident_values is None:
+        if self.resident_values is None or self.resident_scales is None:
             y = ops.linear(values, scales, self.codes, self.scales, self.bias, self.weight_bits, x.dtype)
         else:
             weight, rows = self.resident_values.view(values.dtype), self.resident_scales.view(torch.float32)
@@ -195,6 +199,7 @@ class OrbitLinear(_PackedLinear):
         shape, bits = (self.in_features, self.out_features), (self.weight_bits, self.activation_bits)
         chosen = kernels.choose(grid, self.codes.device, torch.bfloat16, shape, bits)
         if resident and chosen != EXACT:
+            self.grid = chosen  # values of one grid mean nothing on that of the next device
             values, scales = ops.decode(self.codes, self.scales, self.weight_bits, self.in_features, chosen)
             self.resident_values, self.resident_scales = values.view(torch.uint8), scales.view(torch.int32)
 

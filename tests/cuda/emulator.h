@@ -481,28 +481,28 @@ inline int lane() { return current % 32; }
 struct Product { const u32* a; const u32* b; void* c; };
 
 struct Bf16 {
-  static constexpr int BITS = 16;
+  static constexpr int WIDTH = 16;
   using Sum = double;
   using C = float;
   static Sum value(u32 b) { return bf16_to_float(b); }
 };
 
 struct F16 {
-  static constexpr int BITS = 16;
+  static constexpr int WIDTH = 16;
   using Sum = double;
   using C = float;
   static Sum value(u32 b) { return f16_to_float(b); }
 };
 
 struct E4m3 {
-  static constexpr int BITS = 8;
+  static constexpr int WIDTH = 8;
   using Sum = double;
   using C = float;
   static Sum value(u32 b) { return e4m3_to_float(b); }
 };
 
 struct S8 {
-  static constexpr int BITS = 8;
+  static constexpr int WIDTH = 8;
   using Sum = int;
   using C = int;
   static Sum value(u32 b) { return static_cast<signed char>(b); }
@@ -511,13 +511,13 @@ struct S8 {
 template <class Kind>
 __attribute__((optimize("O3"))) void multiply(void** brought) {
   using Sum = typename Kind::Sum;
-  constexpr int PER = 32 / Kind::BITS, K = 8 * PER;
+  constexpr int PER = 32 / Kind::WIDTH, K = 8 * PER;
   Sum a[16][K], b[K][8], c[16][8];
   for (int lane = 0; lane < 32; lane++) {
     const Product& p = *static_cast<Product*>(brought[lane]);
     const int g = lane / 4, q = lane % 4;
     for (int e = 0; e < PER; e++) {
-      auto value = [e](u32 word) { return Kind::value(word >> e * Kind::BITS & ((1u << Kind::BITS) - 1)); };
+      auto value = [e](u32 word) { return Kind::value(word >> e * Kind::WIDTH & ((1u << Kind::WIDTH) - 1)); };
       for (int r = 0; r < 4; r++) a[g + 8 * (r & 1)][PER * q + e + K / 2 * (r >> 1)] = value(p.a[r]);
       for (int r = 0; r < 2; r++) b[PER * q + e + K / 2 * r][g] = value(p.b[r]);
     }

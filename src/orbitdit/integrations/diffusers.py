@@ -18,7 +18,15 @@ from orbitdit.checkpoint import check_file
 from orbitdit.config import OrbitQuantConfig, QuantMethod
 from orbitdit.errors import CheckpointError, ConfigError, TensorError
 from orbitdit.linear import Int4Linear, OrbitLinear
-from orbitdit.model import dequantize_, empty_layer, linear_named, plan, quantize_layer, replace_module, share_model_inputs
+from orbitdit.model import (
+    dequantize_,
+    empty_layer,
+    linear_named,
+    plan,
+    quantize_layer,
+    replace_module,
+    share_model_inputs,
+)
 from orbitdit.policy import LayerPlan
 
 

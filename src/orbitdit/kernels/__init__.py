@@ -1,24 +1,23 @@
-"""The operations that a quantized layer is made of, as custom ops of torch, and the only place that chooses between them.
+"""The operations that a quantized layer is made of, as custom ops of torch, and the only place that chooses one.
 
     rotate_encode   tokens -> values on a number grid and one scale a token
     decode          packed codes -> values on the grid and one scale a row
     matmul          values x values, scaled, plus bias
     linear          decode and matmul
     int4_linear     weight-only INT4, for modulation
-    exact_linear    the whole layer with fp32 centroids: the reference, and the route of CPUs and other devices
+    exact_linear    the whole layer with fp32 centroids: the reference, and the route of devices without kernels
 
 A tensor core only multiplies, so centroids need not be uniform: each codebook is laid on the points of e4m3 (compute
 capability 8.9 and newer) or int8 (8.0 and newer), and a layer of any bit width is encode, decode, one library GEMM.
 
 `reference` defines each op in plain torch and runs it where there are no kernels. On CUDA the kernels run, or raise.
-`torch.compile` sees ops with known shapes; tables are kept beside them by value (dim, bits, seed, grid), outside of graphs.
+`torch.compile` sees ops with known shapes; tables are kept beside them by value (dim, bits, seed, grid), not in graphs.
 """
 
 import warnings
-from functools import lru_cache
+from functools import cache
 
 import torch
-from torch import Tensor
 
 from orbitdit.kernels import cpu, reference
 from orbitdit.kernels import decode as decode_cuda
@@ -42,11 +41,11 @@ def device_grids(device: torch.device) -> tuple[str, ...]:
     return _device_grids(device)
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler: traced code takes the answer as it is.
+# What torch.compiler.assume_constant_result does, without importing the compiler: traced code takes the answer as is.
 device_grids._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_grids(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("int8", "exact", "e4m3") if cpu.multiplies_int8() else ("exact", "int8", "e4m3")
@@ -56,7 +55,9 @@ def _device_grids(device: torch.device) -> tuple[str, ...]:
     if capability >= (8, 0):
         return "int8", "exact"
     if device.type != "meta":
-        warnings.warn(f"orbitdit has no kernels for {device}: layers run in plain torch, slower than bf16", stacklevel=2)
+        warnings.warn(
+            f"orbitdit has no kernels for {device}: layers run in plain torch, slower than bf16", stacklevel=2
+        )
     return ("exact",)
 
 
@@ -82,10 +83,12 @@ def _seed(number: int) -> int:
     return number % (1 << 64)
 
 
-def _define(schema: str, cpu_function, cuda_function, fake) -> None:
-    """One op: its schema, what runs it on the CPU and on CUDA, and the shapes of its results."""
+def _define(schema: str, cpu_function, cuda_function, fake, any_function=None) -> None:
+    """One op: its schema, what runs it on the CPU, on CUDA and on any other device, and the shapes of its results."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
+    if any_function is not None:
+        _LIBRARY.impl(name, any_function, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, cpu_function, "CPU")
     _LIBRARY.impl(name, cuda_function, "CUDA")
     torch.library.register_fake(f"orbitdit::{name}", fake, lib=_LIBRARY)
@@ -117,10 +120,16 @@ def _rows_fake(x, codes, *_):
 
 
 def _linear_on_cuda(values, token_scales, codes, scales, bias, bits, dtype):
-    """The decoded weight lives until the product is queued: torch's allocator hands the same memory to the next layer."""
+    """The decoded weight lives until the product is queued; torch's allocator hands the memory to the next layer."""
     grid = "int8" if values.dtype == torch.int8 else "e4m3"
     weight, row_scales = decode_cuda.decode(codes, scales, bits, values.shape[1], grid)
     return matmul_cuda.matmul(values, token_scales, weight, row_scales, bias, dtype)
+
+
+def _int4_on_cuda(x, codes, scales, bias):
+    """In plain torch on devices that are too old for the kernel, or no NVIDIA devices."""
+    has_kernels = device_grids(x.device) != ("exact",)
+    return (int4_cuda if has_kernels else reference).int4_linear(x, codes, scales, bias)
 
 
 def _exact_with(function):
@@ -163,10 +172,12 @@ _define(
     _exact_with(cpu.exact_linear),
     _exact_with(reference.exact_linear),
     _rows_fake,
+    _exact_with(reference.exact_linear),
 )
 _define(
     "int4_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
     reference.int4_linear,
-    int4_cuda.int4_linear,
+    _int4_on_cuda,
     _rows_fake,
+    reference.int4_linear,
 )

@@ -1,6 +1,6 @@
 """The operations on a CPU: close to the speed of a bf16 layer, with nothing decoded kept.
 
-**Product.** Where the CPU multiplies int8 exactly, layers run on the int8 grid: an integer GEMM at twice the rate of bf16.
+**Product.** Where the CPU multiplies int8 exactly, layers run on the int8 grid: a GEMM at twice the rate of bf16.
 Elsewhere, and for 8-bit codes and 16-bit activations, centroids are multiplied in bf16.
 
 **Weights.** A run of codes that fills whole bytes is a word of 8 or 12 bits; one look-up in a table of 256 or 4096
@@ -48,7 +48,13 @@ def rotate_encode(x: Tensor, bits: int, seed: int, grid: str) -> tuple[Tensor, T
 
 
 def linear(
-    values: Tensor, token_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, dtype: torch.dtype
+    values: Tensor,
+    token_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`decode` and `matmul` of reference.py, a block of rows at a time; fast for int8."""
     if values.dtype != torch.int8 or not multiplies_int8():
@@ -70,7 +76,13 @@ def exact_linear(
 
 
 def _by_rows(
-    tokens: Tensor, token_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, dtype: torch.dtype
+    tokens: Tensor,
+    token_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """tokens (tokens, dim) times the decoded codes (rows, bytes), with scales (tokens, 1) and (rows,), and bias."""
     dim, scales = tokens.shape[1], scales.float()

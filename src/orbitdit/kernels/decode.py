@@ -1,7 +1,6 @@
 """`decode` on CUDA: packed codes to grid bytes. See decode.cu."""
 
-import ctypes
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,13 +28,14 @@ def decode(codes: Tensor, scales: Tensor, bits: int, dim: int, grid: str) -> tup
     if chunks:
         built, table, scale = _kernel(bits, dim, grid, codes.device.index)
         blocks = -(-chunks // (THREADS * UNROLL))
-        built.launch(blocks, THREADS, 0, codes, table, values, scales, row_scales, chunks, rows, scale)
+        pointers = codes.data_ptr(), table, values.data_ptr(), scales.data_ptr(), row_scales.data_ptr()
+        built.launch(blocks, THREADS, 0, *pointers, chunks, rows, scale)
     return values, row_scales
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(bits: int, dim: int, grid: str, device: int):
     codebook = on_grid(dim, bits, grid, False)
     defines = (("BITS", bits), ("THREADS", THREADS), ("UNROLL", UNROLL))
-    built = kernel("decode.cu", "decode", defines, device)
-    return built, upload(grid_bytes(codebook.values, grid), device), ctypes.c_float(codebook.scale)
+    built = kernel("decode.cu", "decode", defines, "PPPPPiif", device)
+    return built, upload(grid_bytes(codebook.values, grid), device), codebook.scale

@@ -1,6 +1,6 @@
 """`int4_linear` on CUDA: a kernel for the few rows of a batch's modulation, plain torch for more. See int4_linear.cu."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,15 +30,17 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -
     tiles = -(-n // TILE)
     resident = processors(device) * max(1, built.blocks_per_processor(32 * warps, shared))
     blocks = min(resident, -(-tiles * split // warps))
-    built.launch(blocks, 32 * warps, shared, tokens, codes, scales, bias, y, rows, n)
+    bias_at = 0 if bias is None else bias.data_ptr()
+    pointers = tokens.data_ptr(), codes.data_ptr(), scales.data_ptr(), bias_at, y.data_ptr()
+    built.launch(blocks, 32 * warps, shared, *pointers, rows, n)
     return y.view(*x.shape[:-1], n)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(dim: int, half: bool, device: int) -> tuple[Kernel, int, int]:
     warps, split = warps_and_split(dim)
     defines = (("DIM", dim), ("HALF", int(half)), ("WARPS", warps), ("SPLIT", split))
-    return kernel("int4_linear.cu", "int4_linear", defines, device), warps, split
+    return kernel("int4_linear.cu", "int4_linear", defines, "PPPPPii", device), warps, split
 
 
 def warps_and_split(dim: int) -> tuple[int, int]:

@@ -21,16 +21,18 @@ def matmul(
         return values.new_empty((0, len(weight)), dtype=dtype)
     if values.dtype == torch.int8:
         return _int8(values, token_scales, weight, row_scales, bias, dtype)
+    if bias is not None and bias.dtype != torch.bfloat16:
+        bias = bias.to(torch.bfloat16)
     y = torch._scaled_mm(
         values,
         weight.t(),
         scale_a=token_scales[:, None],
         scale_b=row_scales[None, :],
-        bias=None if bias is None else bias.to(torch.bfloat16),
+        bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return y.to(dtype)
+    return y if dtype == torch.bfloat16 else y.to(dtype)
 
 
 def _int8(values, token_scales, weight, row_scales, bias, dtype):
@@ -44,7 +46,8 @@ def _int8(values, token_scales, weight, row_scales, bias, dtype):
     kind = 0 if bias is None else 1 if bias.dtype == torch.bfloat16 else 2
     defines = (("OUTPUT", int(dtype == torch.float16)), ("BIAS", kind), ("THREADS", THREADS))
     device = values.device.index
-    built = kernel("scale.cu", "scale", defines, device)
+    built = kernel("scale.cu", "scale", defines, "PPPPPii", device)
     blocks = min(tokens, processors(device) * 8)
-    built.launch(blocks, THREADS, 0, sums, token_scales, row_scales, y if bias is None else bias, y, tokens, rows)
+    tensors = sums, token_scales, row_scales, y if bias is None else bias, y
+    built.launch(blocks, THREADS, 0, *(t.data_ptr() for t in tensors), tokens, rows)
     return y

@@ -6,14 +6,13 @@ Triton does not offer. A kernel is compiled when it is first launched (about a s
 """
 
 import ctypes
+import struct
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from orbitdit.errors import DependencyError
 
@@ -28,16 +27,32 @@ def source(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-class Kernel:
-    """One kernel on one device. `launch` takes tensors (or None) as pointers, and 32-bit ints and floats."""
+class _Arguments(ctypes.Structure):
+    """How the driver is told of packed arguments: pairs of a tag and a pointer, and an end."""
 
-    def __init__(self, file: str, name: str, defines: Defines, device: int):
+    _fields_ = (
+        ("buffer_tag", ctypes.c_void_p),
+        ("buffer", ctypes.c_char_p),
+        ("size_tag", ctypes.c_void_p),
+        ("size", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+    )
+
+
+class Kernel:
+    """One kernel on one device. `signature` is a format of `struct` for its arguments: P a pointer, i and f 32 bits."""
+
+    def __init__(self, file: str, name: str, defines: Defines, signature: str, device: int):
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # creates the context
-            self._module = ctypes.c_void_p()
-            _check(_driver().cuModuleLoadData(ctypes.byref(self._module), _compile(file, defines, _arch(device))))
+            module = ctypes.c_void_p()
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), _compile(file, defines, _arch(device))))
             self._function = ctypes.c_void_p()
-            _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
+            _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
+        packer = struct.Struct(signature)
+        self._pack, self._size = packer.pack, ctypes.c_size_t(packer.size)
+        self._size_at = ctypes.addressof(self._size)
+        self._launch = _driver().cuLaunchKernel
         self._device = device
         self._shared = _FREE_SHARED_BYTES
 
@@ -52,17 +67,22 @@ class Kernel:
         )
         return found.value
 
-    def launch(self, grid: int, block: int, shared: int, *arguments: Any) -> None:
-        """Launch on the current stream of the kernel's device."""
-        self._allow(shared)
-        values = [_argument(a) for a in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        if torch.cuda.current_device() != self._device:
-            with torch.cuda.device(self._device):
-                _check(_driver().cuLaunchKernel(self._function, grid, 1, 1, block, 1, 1, shared, stream, pointers, None))
+    def launch(self, grid: int, block: int, shared: int, *arguments: int | float) -> None:
+        """Launch on the current stream of the kernel's device; pointers are ints. Every microsecond here is one of the
+        host's for each layer of a model, so the arguments go packed, in one piece."""
+        if shared > self._shared:
+            self._allow(shared)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        packed = _Arguments(1, self._pack(*arguments), 2, self._size_at, None)
+        if torch.cuda.current_device() == self._device:
+            status = self._launch(self._function, grid, 1, 1, block, 1, 1, shared, stream, None, ctypes.byref(packed))
         else:
-            _check(_driver().cuLaunchKernel(self._function, grid, 1, 1, block, 1, 1, shared, stream, pointers, None))
+            with torch.cuda.device(self._device):
+                status = self._launch(
+                    self._function, grid, 1, 1, block, 1, 1, shared, stream, None, ctypes.byref(packed)
+                )
+        if status:
+            _check(status)
 
     def _allow(self, shared: int) -> None:
         if shared > self._shared:
@@ -70,20 +90,20 @@ class Kernel:
             self._shared = shared
 
 
-@lru_cache(maxsize=None)
-def kernel(file: str, name: str, defines: Defines, device: int) -> Kernel:
+@cache
+def kernel(file: str, name: str, defines: Defines, signature: str, device: int) -> Kernel:
     """The shared `Kernel`."""
-    return Kernel(file, name, defines, device)
+    return Kernel(file, name, defines, signature, device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def processors(device: int) -> int:
     """Streaming multiprocessors of the device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def upload(array: np.ndarray, device: int) -> ctypes.c_void_p:
-    """A constant copy of `array` on the device, for the life of the process.
+def upload(array: np.ndarray, device: int) -> int:
+    """The address of a constant copy of `array` on the device, for the life of the process.
 
     Outside of torch's allocator: a table that is made while CUDA graphs are being prepared must not lie in a pool that
     belongs to a graph.
@@ -94,17 +114,8 @@ def upload(array: np.ndarray, device: int) -> ctypes.c_void_p:
         torch.cuda.current_stream()
         _check(_driver().cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(array.nbytes)))
         _check(_driver().cuMemcpyHtoD_v2(pointer, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)))
-    return pointer
-
-
-def _argument(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return ctypes.c_void_p(0)
-    if isinstance(value, int):
-        return ctypes.c_int(value)
-    return ctypes.c_float(value) if isinstance(value, float) else value
+    assert pointer.value is not None
+    return pointer.value
 
 
 def _arch(device: int) -> str:
@@ -112,7 +123,7 @@ def _arch(device: int) -> str:
     return f"sm_{major}{minor}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compile(file: str, defines: Defines, arch: str) -> bytes:
     """The machine code of prelude and `file`. Raises RuntimeError with the compiler's log."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
@@ -136,7 +147,7 @@ def _compile(file: str, defines: Defines, arch: str) -> bytes:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _nvrtc() -> ctypes.CDLL:
     assert torch.version.cuda is not None
     major = torch.version.cuda.partition(".")[0]
@@ -144,7 +155,7 @@ def _nvrtc() -> ctypes.CDLL:
     return _library(name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _driver() -> ctypes.CDLL:
     return _library("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 

@@ -112,8 +112,8 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 #endif
 }
 
-// x (tokens, DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table (BINS,) u32 or
-// bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2 bytes and,
+// x (tokens, DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table: 32 words or
+// BINS bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2 bytes and,
 // with SPLIT, 512 for each token and tile that a block has in hand.
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,

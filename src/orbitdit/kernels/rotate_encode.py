@@ -1,7 +1,6 @@
 """`rotate_encode` on CUDA: its tables, its tiles, and the launch. See rotate_encode.cu for the idea."""
 
-import ctypes
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,25 +15,34 @@ TILE = 256
 
 
 class Tile(NamedTuple):
-    """How one block size is worked on: tokens that a block of threads takes at a time, the factors of h / 256, warps a
-    block, the blocks a processor shall have room for, and whether `factor2` warps share a block of the Hadamard matrix."""
+    """How one width is worked on: tokens that a block of threads takes at a time, the factors of h / 256, warps a block,
+    blocks that a processor shall have room for, and whether `factor2` warps share a block of the Hadamard matrix."""
 
     tokens: int
     factor1: int
     factor2: int
-    warps: int = 4
-    min_blocks: int = 1
+    warps: int
+    min_blocks: int
     split: bool = False
 
 
 TILES = {
     1: Tile(2, 1, 1, 4, 8),
-    2: Tile(2, 1, 2, 3, 7),
-    4: Tile(2, 1, 4, 4, 6),
-    8: Tile(1, 4, 2, 4, 6, True),
-    16: Tile(1, 4, 4, 4, 6, True),
+    2: Tile(2, 1, 2, 5, 4),
+    4: Tile(2, 1, 4, 3, 5),
+    8: Tile(1, 4, 2, 6, 4, True),
+    16: Tile(2, 4, 4, 8, 2, True),
 }
 """By h / 256 (1 for smaller blocks). More tokens share a gather; the registers of factor * tokens tiles set the end."""
+BEST_TILES = {
+    1536: Tile(2, 1, 2, 3, 8),
+    1920: Tile(2, 1, 1, 2, 12),
+    3072: Tile(1, 1, 4, 3, 7),
+    8960: Tile(2, 1, 1, 7, 5),
+    13824: Tile(2, 1, 2, 8, 2),
+    15360: Tile(2, 1, 4, 8, 2),
+}
+"""By width, where measurement on an H200 found something better."""
 MAX_DIM = 32752
 BINS = 4096
 
@@ -51,34 +59,39 @@ def rotate_encode(x: Tensor, bits: int, seed: int, grid: str, tile: Tile | None 
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     if tokens:
         half = x.dtype == torch.float16
-        _launcher(dim, bits, seed, grid, half, tile or TILES[_factor(dim)], x.device.index)(x, values, scales)
+        _launcher(dim, bits, seed, grid, half, tile or tile_of(dim), x.device.index)(x, values, scales)
     return values, scales
 
 
-@lru_cache(maxsize=None)
+def tile_of(dim: int) -> Tile:
+    """The tile that measured best."""
+    return BEST_TILES.get(dim) or TILES[_factor(dim)]
+
+
+@cache
 def _launcher(dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile, device: int):
     """A function that launches the kernel for one width and codebook."""
     bins, slope, scale = bin_table(dim, bits, grid)
-    defines = compile_options(dim, len(bins), half, tile)
-    built = kernel("rotate_encode.cu", "rotate_encode", tuple(defines.items()), device)
+    defines = compile_options(dim, bits, half, tile)
+    built = kernel("rotate_encode.cu", "rotate_encode", tuple(defines.items()), "PPPPPifff", device)
     gather_on, bins_on = upload(gather_table(dim, seed, tile.tokens), device), upload(bins, device)
     shared = shared_bytes(dim, tile)
     threads = 32 * tile.warps
     resident = processors(device) * max(1, built.blocks_per_processor(threads, shared))
     to_unit, slope = scaling(dim, slope, tile)
-    constants = ctypes.c_float(to_unit), ctypes.c_float(slope), ctypes.c_float(scale)
 
     def launch(x: Tensor, values: Tensor, scales: Tensor) -> None:
         tokens = len(x)
         groups = -(-tokens // tile.tokens)
         rounds = -(-groups // resident)
         blocks = -(-groups // rounds)  # all blocks are done at the same time
-        built.launch(blocks, threads, shared, x, gather_on, bins_on, values, scales, tokens, *constants)
+        pointers = x.data_ptr(), gather_on, bins_on, values.data_ptr(), scales.data_ptr()
+        built.launch(blocks, threads, shared, *pointers, tokens, to_unit, slope, scale)
 
     return launch
 
 
-def compile_options(dim: int, bins: int, half: bool, tile: Tile) -> dict[str, int]:
+def compile_options(dim: int, bits: int, half: bool, tile: Tile) -> dict[str, int]:
     """The kernel's compile-time constants."""
     row_bits, column_bits = _hadamard_bits(dim)
     return {
@@ -88,7 +101,7 @@ def compile_options(dim: int, bins: int, half: bool, tile: Tile) -> dict[str, in
         "FACTOR2": tile.factor2,
         "ROW_BITS": row_bits,
         "COLUMN_BITS": column_bits,
-        "BINS": bins,
+        "BINS": 32 if bits <= 4 else BINS,
         "WARPS": tile.warps,
         "MIN_BLOCKS": tile.min_blocks,
         "SPLIT": int(tile.split),
@@ -137,7 +150,7 @@ def _places(dim: int, tokens: int) -> np.ndarray:
 def _coordinate(row: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Index in a tile of an element of its 16 x 16 matrix: bits c0 c3 r3 c1 c2 r0 r1 r2, low to high."""
     bits = [column, column >> 3, row >> 3, column >> 1, column >> 2, row, row >> 1, row >> 2]
-    return sum((bit & 1) << i for i, bit in enumerate(bits))
+    return np.sum([(bit & 1) << i for i, bit in enumerate(np.broadcast_arrays(*bits))], axis=0)
 
 
 def _hadamard_bits(dim: int) -> tuple[int, int]:
@@ -152,28 +165,29 @@ def _factor(dim: int) -> int:
 
 
 def bin_table(dim: int, bits: int, grid: str) -> tuple[np.ndarray, float, float]:
-    """Entries (bins,), the slope of bins over coordinates of unit variance, and the codebook's scale.
+    """The kernel's table as bytes, the slope of bins over coordinates of unit variance, and the codebook's scale.
 
-    Coordinate z falls into place z * slope + 0.5 of the row of bins. Up to 4 bits there are 32 uint32 entries: a
-    boundary's place in its bin above 16 bits, then the grid byte above the boundary, then the one below. For more, BINS
-    bytes: bin k is what z * slope + 0.5, times BINS - 1, rounds to. Of many slopes that cover the codebook that one is
-    chosen which loses least by taking the middle of a bin for all of it: it has the least sum over the boundaries of
-    density times distance to the nearest edge.
+    Up to 4 bits the table is 32 words: coordinate z lies at z * slope + 0.5 of the row of bins, and a word holds a
+    boundary's place in its bin above 16 bits, then the grid byte above the boundary, then the one below. For more it is
+    BINS grid bytes: bin k is what z * slope + 0.5, times BINS - 1, rounds to. Of many slopes that cover the codebook that
+    one is chosen which loses least by taking the middle of a bin for all of it: it has the least sum over the boundaries
+    of density times distance to the nearest edge.
     """
     codebook = on_grid(dim, bits, grid, True)
     boundaries = codebook.boundaries.numpy() * dim**0.5
     values = grid_bytes(codebook.values, grid)
     if bits <= 4:
-        slope = 0.5 / (1.02 * np.abs(boundaries).max())
+        slope = float(0.5 / (1.02 * np.abs(boundaries).max()))
         place = np.floor((boundaries * slope + 0.5) * (2.0**21 - 1)).astype(np.int64)
-        below = np.searchsorted(place >> 16, np.arange(32))
-        above, threshold = below.copy(), np.zeros(32, np.int64)
-        above[place >> 16] += 1
-        threshold[place >> 16] = place & 0xFFFF
-        if len(set(place >> 16)) < len(place):
+        bins = place >> 16
+        if len(set(bins)) < len(bins):
             raise ValueError(f"no row of 32 bins separates the boundaries of {bits} bits at d={dim}")
-        entries = threshold << 16 | values.astype(np.int64)[above] << 8 | values[below]
-        return entries.astype(np.uint32), float(slope), codebook.scale
+        below = np.searchsorted(bins, np.arange(32))
+        above, threshold = below.copy(), np.zeros(32, np.int64)
+        above[bins] += 1
+        threshold[bins] = place & 0xFFFF
+        words = threshold << 16 | values.astype(np.int64)[above] << 8 | values[below]
+        return words.astype(np.uint32).view(np.uint8), slope, codebook.scale
     slopes = 0.5 / (np.abs(boundaries).max() * np.linspace(1.01, 1.3, 4000))[:, None]
     place = (boundaries * slopes + 0.5) * (BINS - 1)
     distance = np.abs(place - np.floor(place) - 0.5) / (slopes * BINS)

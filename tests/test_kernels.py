@@ -1,0 +1,292 @@
+"""The CUDA kernels of a layer, run on the CPU by the emulator, against their definitions in `reference`."""
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from cuda_emulator import launch
+from orbitdit import DependencyError
+from orbitdit.codebook import on_grid
+from orbitdit.kernels import decode as decode_cuda
+from orbitdit.kernels import nvrtc, reference
+from orbitdit.kernels import rotate_encode as rotate_encode_cuda
+from orbitdit.kernels.rotate_encode import Tile
+from orbitdit.packing import PACKED_BITS, pack
+from orbitdit.rotation import rotation
+
+DTYPES = [torch.bfloat16, torch.float16]
+GRIDS = ["e4m3", "int8"]
+DIMS = [16, 48, 64, 128, 192, 256, 960, 1536, 1920, 2048, 3072, 3840, 4096, 12288]
+POISON = {"e4m3": 0x7F, "int8": 0x80}
+"""Bytes that are no level of a codebook."""
+FLIPS = {3: 1e-3, 4: 1e-3, 6: 4e-3}
+"""Share of the values that may be those of a neighbouring cell."""
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(count, dim, dtype=torch.bfloat16, seed=0):
+    """Normal tokens with a few channels 30 times as large, as in a DiT."""
+    x = random(count, dim, seed=seed)
+    x[:, :: max(1, dim // 5)] *= 30
+    return x.to(dtype)
+
+
+def default_tile(dim):
+    return rotate_encode_cuda.TILES[rotate_encode_cuda._factor(dim)]
+
+
+def rotate_encode(x, bits, grid, seed=1, tile=None, blocks=2, reverse=False):
+    """Values and scales from the kernel, all of them written by it."""
+    (count, dim), tile = x.shape, tile or default_tile(x.shape[1])
+    bins, slope, scale = rotate_encode_cuda.bin_table(dim, bits, grid)
+    gather = torch.from_numpy(rotate_encode_cuda.gather_table(dim, seed, tile.tokens).view(np.int16))
+    values, scales = torch.full((count, dim), POISON[grid], dtype=torch.uint8), torch.full((count,), -7.0)
+    launch(
+        "rotate_encode.cu",
+        "rotate_encode",
+        (min(blocks, max(1, -(-count // tile.tokens))), 1, 1),
+        32 * tile.warps,
+        rotate_encode_cuda.shared_bytes(dim, tile),
+        [x, gather, torch.from_numpy(bins.view(np.uint8)), values, scales, count]
+        + [float(number) for number in (*rotate_encode_cuda.scaling(dim, slope, tile), scale)],
+        rotate_encode_cuda.compile_options(dim, len(bins), x.dtype == torch.float16, tile),
+        reverse,
+    )
+    assert (values != POISON[grid]).all()
+    assert (scales != -7).all()
+    return values.view(reference.DTYPES[grid]), scales
+
+
+def flips(encoded, x, bits, grid, seed=1):
+    """How many values differ from the definition's, after checks that these are neighbours across a near boundary."""
+    (values, scales), (expected, expected_scales) = encoded, reference.rotate_encode(x, bits, seed, grid)
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+    levels = on_grid(x.shape[1], bits, grid, True).values.float().unique()
+    code, expected_code = (torch.bucketize(v.float(), levels) for v in (values, expected))
+    assert torch.equal(levels[code], values.float())
+    flipped = code != expected_code
+    assert ((code - expected_code).abs() <= 1).all()
+    boundaries = (levels[code] + levels[expected_code])[flipped] / 2 * on_grid(x.shape[1], bits, grid, True).scale
+    rotated = rotation(x.shape[1], seed).apply(reference.normalize(x)[0])[flipped]
+    reach = 2e-3 if bits <= 4 else 4e-3  # in units of a coordinate's spread
+    assert (
+        (rotated - boundaries).abs() * x.shape[1] ** 0.5 <= reach * (1 + boundaries.abs() * x.shape[1] ** 0.5)
+    ).all()
+    return int(flipped.sum())
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_values_are_those_of_the_definition(dim):
+    for bits, grid in ((3, "int8"), (4, "e4m3"), (4, "int8"), (3, "e4m3")):
+        for count in (1, 3, 5):
+            x = tokens(count, dim, seed=bits)
+            assert flips(rotate_encode(x, bits, grid), x, bits, grid) <= 3 + 1e-3 * x.numel()
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(48, "f16"), (960, "f16"), (3072, "f16"), (4096, "f16"), (1920, "bf16")])
+def test_both_dtypes_and_6_bits(dim, dtype):
+    x = tokens(3, dim, torch.float16 if dtype == "f16" else torch.bfloat16)
+    for bits in (4, 6):
+        assert flips(rotate_encode(x, bits, "e4m3"), x, bits, "e4m3") <= 3 + FLIPS[bits] * x.numel()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("dim", [48, 1024, 3072])
+def test_few_values_flip(dim, bits, grid):
+    x = tokens(-(-120_000 // dim), dim)
+    assert flips(rotate_encode(x, bits, grid), x, bits, grid) <= FLIPS[bits] * x.numel()
+
+
+@pytest.mark.parametrize(
+    ("dim", "tile"),
+    [
+        (96, Tile(4, 1, 1, 2)),
+        (768, Tile(1, 1, 1)),
+        (768, Tile(4, 1, 1, 1)),
+        (1024, Tile(1, 1, 4, 2)),
+        (1024, Tile(4, 2, 2)),
+        (2560, Tile(2, 1, 2, 3)),
+        (2048, Tile(2, 2, 4)),
+    ],
+)
+def test_every_tile_gives_the_same_bits(dim, tile):
+    x = tokens(9, dim)
+    values, scales = rotate_encode(x, 4, "e4m3", tile=tile)
+    assert flips((values, scales), x, 4, "e4m3") <= 3 + 1e-3 * x.numel()
+    for blocks, reverse in ((1, True), (5, False), (5, True)):
+        again, scales_again = rotate_encode(x, 4, "e4m3", tile=tile, blocks=blocks, reverse=reverse)
+        assert torch.equal(again.view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(scales_again, scales)
+
+
+@pytest.mark.parametrize("dim", [16, 3072, 4096, 12288])
+def test_the_order_of_threads_does_not_show(dim):
+    x = tokens(3, dim)
+    for bits in (4, 6):
+        first, second = (rotate_encode(x, bits, "int8", reverse=reverse) for reverse in (False, True))
+        assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("dim", [64, 1536, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spoilt_tokens_and_zeros_leave_the_others_alone(dtype, dim, bits):
+    x = tokens(10, dim, dtype)
+    values, scales = rotate_encode(x, bits, "e4m3")
+    for row, value in ((1, torch.nan), (4, torch.inf), (7, -torch.inf)):
+        x[row, 5 * row] = value
+    x[2] = 0
+    spoilt, spoilt_scales = rotate_encode(x, bits, "e4m3")
+    good = torch.tensor([0, 3, 5, 6, 8, 9])
+    assert torch.equal(spoilt[good].view(torch.uint8), values[good].view(torch.uint8))
+    assert torch.equal(spoilt_scales[good], scales[good])
+    assert not spoilt_scales[[1, 4, 7]].isfinite().any()
+    assert spoilt_scales[2] == 0
+    zeros = reference.rotate_encode(x[2:3], bits, 1, "e4m3")[0]
+    assert torch.equal(spoilt[2:3].view(torch.uint8), zeros.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dim", [64, 3072, 4096])
+def test_norms_of_any_size(dim):
+    sizes = torch.tensor([1e-12, 1e-10, 1e-6, 1e-3, 1, 1e3, 1e10, 1e18, 1e20, 1e30, 3.0])[:, None]
+    unit = torch.nn.functional.normalize(random(len(sizes), dim), dim=1)
+    for bits in (4, 6):
+        x = (unit * sizes).bfloat16()
+        assert flips(rotate_encode(x, bits, "int8"), x, bits, "int8") <= 3 + FLIPS[bits] * x.numel()
+    half = (random(4, dim).clamp(-2, 2) * torch.tensor([3e-7, 1e-4, 1.0, 3e4])[:, None]).half()
+    # the first token has few different inputs, so more of its coordinates lie on a boundary
+    assert flips(rotate_encode(half, 4, "int8"), half, 4, "int8") <= 3 + 2e-3 * half.numel()
+
+
+@pytest.mark.parametrize("dim", [16, 192, 256, 3072, 4096])
+def test_tokens_of_one_input(dim):
+    """They are zero outside of a block of the Hadamard matrix, where a value lies on a boundary: it takes the lower."""
+    x = torch.zeros(6, dim).bfloat16()
+    for row, (channel, value) in enumerate(
+        [(0, 1), (1, -3), (15, 0.5), (dim // 2, 7), (dim - 2, 1e20), (dim - 1, -1e-9)]
+    ):
+        x[row, channel] = value
+    for bits in (3, 4):
+        values, scales = rotate_encode(x, bits, "e4m3")
+        expected, expected_scales = reference.rotate_encode(x, bits, 1, "e4m3")
+        assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+        torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+
+
+def test_no_tokens():
+    assert rotate_encode(torch.empty(0, 64).bfloat16(), 4, "int8")[0].shape == (0, 64)
+
+
+def test_widths_that_the_kernel_takes():
+    taken = {16, 48, 1920, 5120, 8960, 10240, 12288, 13824, 15360, 20480, 32752}
+    assert all(rotate_encode_cuda.supported(dim) for dim in taken)
+    assert not any(rotate_encode_cuda.supported(dim) for dim in (1, 8, 63, 120, 8192, 24576, 32768))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("dim", [16, 48, 256, 960, 3072])
+def test_the_gather_is_the_permutation_with_its_signs(dim, count):
+    """From the layouts that the kernel's text and the prelude describe back to channels, entry by entry."""
+    permutation, signs = oracle.permutation_and_signs(dim, 9)
+    table = rotate_encode_cuda.gather_table(dim, 9, count)
+    assert table.shape == (-(-dim // 256), 32, 8)
+    seen = np.zeros(len(table) * 256, bool)
+    for (tile, lane, i), entry in np.ndenumerate(table):
+        row, column = 2 * (lane % 4) + i % 2 + 8 * (i // 2 % 2), lane // 4 + 8 * (i // 4)
+        order = [(column, 0), (column, 3), (row, 3), (column, 1), (column, 2), (row, 0), (row, 1), (row, 2)]
+        slot = 256 * tile + sum((number >> bit & 1) << k for k, (number, bit) in enumerate(order))
+        assert not seen[slot]
+        seen[slot] = True
+        if slot >= dim:
+            assert entry == dim
+            continue
+        vector, within = divmod(int(entry) & 0x7FFF, 8 // count)
+        part, vector = divmod(vector, dim // 8)
+        assert 8 * vector + part * (8 // count) + within == permutation[slot]
+        assert (entry >> 15 == 1) == (signs[slot] < 0)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("dim", [16, 64, 3072, 15360])
+def test_bins_hold_the_nearest_levels(dim, bits, grid):
+    """Looked up in fp64 as the kernel does in fp32."""
+    bins, slope, scale = rotate_encode_cuda.bin_table(dim, bits, grid)
+    codebook = on_grid(dim, bits, grid, True)
+    assert scale == codebook.scale
+    boundaries, levels = codebook.boundaries.numpy() * dim**0.5, rotate_encode_cuda.grid_bytes(codebook.values, grid)
+    assert slope * np.abs(boundaries).max() < 0.5
+    z = np.concatenate([random(200_000).double().numpy(), np.linspace(-40, 40, 999)])
+    nearest = levels[np.searchsorted(boundaries, z)]
+    place = np.clip(z * slope + 0.5, 0, 1)
+    if bits <= 4:
+        assert bins.shape == (32,)
+        assert bins.dtype == np.uint32
+        place = np.rint(place * (2**21 - 1)).astype(np.int64)
+        entry = bins[place >> 16].astype(np.int64)
+        own = np.where((place & 0xFFFF) > entry >> 16, entry >> 8, entry) & 255
+        assert (own != nearest).mean() < 1e-4
+    else:
+        assert bins.shape == (rotate_encode_cuda.BINS,)
+        own = bins[np.rint(place * (rotate_encode_cuda.BINS - 1)).astype(np.int64)]
+        assert (own != nearest).mean() < FLIPS[bits]
+        assert set(bins) == set(levels)
+    assert own[-999:][0] == levels[0]
+    assert own[-1] == levels[-1]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 16), (7, 48), (9, 3072), (300, 16)])
+def test_decode_is_exact(rows, dim, bits, grid):
+    codes = torch.randint(1 << bits, (rows, dim), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    packed, scales = pack(codes, bits), random(rows).exp().bfloat16()
+    expected, expected_scales = reference.decode(packed, scales, bits, dim, grid)
+    table = torch.from_numpy(rotate_encode_cuda.grid_bytes(on_grid(dim, bits, grid, False).values, grid))
+    chunks, threads, unroll = rows * dim // decode_cuda.CHUNK, 64, decode_cuda.UNROLL
+    for reverse in (False, True):
+        values, row_scales = torch.full((rows, dim), 0x80, dtype=torch.uint8), torch.full((rows,), torch.nan)
+        launch(
+            "decode.cu",
+            "decode",
+            (-(-chunks // (threads * unroll)), 1, 1),
+            threads,
+            0,
+            [packed, table, values, scales, row_scales, chunks, rows, on_grid(dim, bits, grid, False).scale],
+            {"BITS": bits, "THREADS": threads, "UNROLL": unroll},
+            reverse,
+        )
+        assert torch.equal(values, expected.view(torch.uint8))
+        assert torch.equal(row_scales, expected_scales)
+
+
+@pytest.mark.parametrize("bias", [None, *DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "rows"), [(1, 16), (5, 48), (3, 400)])
+def test_scaling_is_what_the_definition_does_to_sums(count, rows, dtype, bias):
+    generator = torch.Generator().manual_seed(rows)
+    values, weight = (torch.randint(-127, 128, (n, 64), generator=generator).to(torch.int8) for n in (count, rows))
+    token_scales, row_scales = random(count).exp(), random(rows, seed=1).exp() / 1000
+    bias = None if bias is None else random(rows, seed=2).to(bias)
+    sums, y = values.int() @ weight.int().T, torch.full((count, rows), torch.nan, dtype=dtype)
+    kind = 0 if bias is None else 1 if bias.dtype == torch.bfloat16 else 2
+    launch(
+        "scale.cu",
+        "scale",
+        (2, 1, 1),
+        64,
+        0,
+        [sums, token_scales, row_scales, y if bias is None else bias, y, count, rows],
+        {"OUTPUT": int(dtype == torch.float16), "BIAS": kind, "THREADS": 64},
+    )
+    assert torch.equal(y, reference.matmul(values, token_scales, weight, row_scales, bias, dtype))
+
+
+def test_a_missing_library_is_named():
+    with pytest.raises(DependencyError, match="libnothing"):
+        nvrtc._library("libnothing.so.0")

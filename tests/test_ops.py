@@ -1,0 +1,220 @@
+"""The custom ops: what torch is told of them, layers under `torch.compile`, and devices without kernels."""
+
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from orbitdit import Int4Linear, OrbitLinear, kernels
+from orbitdit.kernels import E4M3, EXACT, INT8, cpu, ops, reference
+from orbitdit.packing import pack
+
+BF16 = torch.bfloat16
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def plain_linear(dim=64, rows=48, bias=True, dtype=BF16):
+    torch.manual_seed(0)
+    return torch.nn.Linear(dim, rows, bias=bias).to(dtype)
+
+
+def orbit(grid, bits=(4, 4), **sizes):
+    layer = OrbitLinear.from_linear(plain_linear(**sizes), *bits, seed=2**63 + 5)
+    layer.set_grid(grid, False)
+    return layer.eval()
+
+
+def same(a, b):
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def packed(rows, dim, bits):
+    codes = torch.randint(1 << bits, (rows, dim), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    return pack(codes, bits), random(rows).exp().bfloat16()
+
+
+def cases():
+    x = random(5, 64, dtype=BF16)
+    values, scales = reference.rotate_encode(x, 4, 0, "int8")
+    weight, row_scales = reference.decode(*packed(48, 64, 3), 3, 64, "int8")
+    bias = random(48, seed=1).bfloat16()
+    return {
+        "rotate_encode": (x, 4, -1, INT8),
+        "decode": (*packed(48, 64, 3), 3, 64, INT8),
+        "matmul": (values, scales, weight, row_scales, bias, BF16),
+        "linear": (values, scales, *packed(48, 64, 3), None, 3, BF16),
+        "exact_linear": (x, *packed(48, 64, 6), bias, 6, 4, -3),
+        "int4_linear": (x, packed(48, 64, 4)[0], random(48, 1).bfloat16(), bias),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_the_registration_of_each_op(name):
+    assert set(torch.library.opcheck(getattr(ops, name).default, cases()[name]).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", cases())
+def test_shapes_and_dtypes_are_known_without_values(name):
+    arguments = cases()[name]
+    results = getattr(ops, name)(*arguments)
+    on_meta = getattr(ops, name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+    as_tuple = (lambda r: r) if isinstance(results, tuple) else (lambda r: (r,))
+    for expected, found in zip(as_tuple(results), as_tuple(on_meta), strict=True):
+        assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+@pytest.mark.parametrize("grid", ["e4m3", "int8"])
+def test_ops_are_the_definition(grid):
+    x, (codes, scales), bias = random(9, 64, dtype=BF16), packed(48, 64, 3), random(48, seed=1).bfloat16()
+    number = kernels.GRIDS[grid]
+    values, token_scales = ops.rotate_encode(x, 4, kernels.signed(2**64 - 1), number)
+    expected = reference.rotate_encode(x, 4, 2**64 - 1, grid)
+    if grid == "e4m3":
+        assert same(values, expected[0])
+    torch.testing.assert_close(token_scales, expected[1], rtol=1e-6, atol=0)
+    weight = ops.decode(codes, scales, 3, 64, number)
+    assert all(map(same, weight, reference.decode(codes, scales, 3, 64, grid)))
+    product = reference.matmul(values, token_scales, *weight, bias, BF16)
+    assert torch.equal(ops.matmul(values, token_scales, *weight, bias, BF16), product)
+    torch.testing.assert_close(ops.linear(values, token_scales, codes, scales, bias, 3, BF16), product)
+
+
+LAYERS = {
+    "int8": lambda: orbit(INT8),
+    "e4m3": lambda: orbit(E4M3, (2, 3)),
+    "exact": lambda: orbit(EXACT, (3, 6)),
+    "A16": lambda: orbit(None, (2, 16)),
+    "INT4": lambda: Int4Linear.from_linear(plain_linear()).eval(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own use of torch.jit
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_compiled_layers_give_the_same_for_any_number_of_tokens(name, backend):
+    layer = LAYERS[name]()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for shape in ((5,), (7,), (63,), (137,), (2,), (199,)):
+        x = random(*shape, 64, dtype=BF16)
+        assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count <= 2
+    x = random(2, 11, 64, dtype=BF16)
+    assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_no_tokens(name):
+    layer = LAYERS[name]()
+    torch._dynamo.reset()
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        for shape in ((0, 64), (2, 0, 64)):
+            y = function(torch.empty(shape, dtype=BF16))
+            assert (y.shape, y.dtype) == ((*shape[:-1], 48), BF16)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_exported_layers_give_the_same(name):
+    layer, x = LAYERS[name](), random(6, 64, dtype=BF16)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: tokens},)).module()
+    for given in (x, random(33, 64, dtype=BF16)):
+        assert torch.equal(exported(given), layer(given))
+
+
+@pytest.mark.parametrize("grid", [INT8, E4M3, EXACT])
+def test_a_gradient_flows_whatever_the_grid(grid):
+    layer, x = orbit(grid, (4, 16)), random(3, 64, dtype=BF16).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.norm() > 0
+
+
+@pytest.fixture
+def fresh_grids():
+    kernels._device_grids.cache_clear()
+    yield
+    kernels._device_grids.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_grids")
+@pytest.mark.parametrize(
+    ("capability", "grids"),
+    [((9, 0), ("e4m3", "int8", "exact")), ((8, 9), ("e4m3", "int8", "exact")), ((8, 6), ("int8", "exact"))],
+)
+def test_grids_by_compute_capability(capability, grids, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert kernels.device_grids(torch.device("cuda", 0)) == grids
+
+
+@pytest.mark.usefixtures("fresh_grids")
+@pytest.mark.parametrize(("device", "cuda"), [("cuda:0", "13.0"), ("cuda:0", None), ("xpu:0", None), ("mps:0", None)])
+def test_devices_without_kernels_run_exactly_and_say_so_once(device, cuda, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(UserWarning, match=device) as caught:
+        assert kernels.device_grids(torch.device(device)) == ("exact",)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.choose(None, torch.device(device), BF16, (64, 64), (4, 4)) == EXACT
+
+
+@pytest.mark.parametrize("op", ["exact_linear", "int4_linear"])
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU"])
+def test_the_ops_that_other_devices_need_are_there(op, key):
+    name = f"orbitdit::{op}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key) or torch._C._dispatch_has_kernel_for_dispatch_key(
+        name, "CompositeExplicitAutograd"
+    )
+
+
+@pytest.mark.usefixtures("fresh_grids")
+def test_a_meta_device_is_no_reason_to_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.device_grids(torch.device("meta")) == ("exact",)
+
+
+@pytest.mark.usefixtures("fresh_grids")
+@pytest.mark.parametrize("exact_products", [True, False])
+def test_the_grid_of_a_cpu_is_int8_where_it_multiplies_that(exact_products, monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_int8", lambda: exact_products)
+    chosen = kernels.choose(None, torch.device("cpu"), BF16, (64, 64), (4, 4))
+    assert chosen == (INT8 if exact_products else EXACT)
+    assert set(kernels.device_grids(torch.device("cpu"))) == set(kernels.GRIDS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "bits"),
+    [
+        (torch.float32, (64, 64), (4, 4)),
+        (torch.float64, (64, 64), (4, 4)),
+        (BF16, (63, 64), (4, 4)),
+        (BF16, (8192, 64), (4, 4)),
+        (BF16, (64, 60), (4, 4)),
+        (BF16, (64, 64), (8, 4)),
+        (BF16, (64, 64), (4, 8)),
+        (BF16, (64, 64), (4, 16)),
+    ],
+)
+@pytest.mark.parametrize("forced", [None, INT8, E4M3])
+def test_what_no_kernel_takes_runs_exactly(forced, dtype, shape, bits):
+    assert kernels.choose(forced, torch.device("cpu"), dtype, shape, bits) == EXACT
+
+
+@pytest.mark.parametrize("forced", [INT8, E4M3, EXACT])
+def test_a_forced_grid_is_taken(forced):
+    for dtype in (BF16, torch.float16):
+        assert kernels.choose(forced, torch.device("cpu"), dtype, (3072, 3072), (2, 6)) == forced
