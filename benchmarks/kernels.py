@@ -32,6 +32,7 @@ DECODE_BITS = (2, 3, 4, 6)
 ENCODE_BITS = 4
 SAMPLE = 256
 """Rows that the gate compares."""
+PAGE = 4096
 DECODE_BOUND = 0.08
 """How far, relatively, the points of a number grid may be from the centroids that they stand for."""
 
@@ -47,10 +48,11 @@ def values_of(values: Tensor, scales: Tensor, grid: str) -> Tensor:
 
 
 def copy_of(size: int, device: str) -> Callable[[], Candidate]:
-    """A device copy that moves `size` bytes, read plus write."""
+    """A device copy that moves `size` bytes, read plus write: whole pages, for one that ends elsewhere is slow."""
 
     def make() -> Candidate:
-        sources = [torch.zeros(size // 2, dtype=torch.uint8, device=device) for _ in range(INPUTS)]
+        pages = -(-size // (2 * PAGE))
+        sources = [torch.randint(256, (pages * PAGE,), dtype=torch.uint8, device=device) for _ in range(INPUTS)]
         target = torch.empty_like(sources[0])
         return Candidate(lambda i: target.copy_(sources[i]), lambda: 0.0, 0.0, {"bytes": size})
 

@@ -33,12 +33,12 @@ class Provider:
     stored: str | None = None
 
 
-def ours(weight: int, activation: int, grid: str, resident: bool = False) -> Provider:
+def ours(weight: int, activation: int, grid: str = "e4m3", resident: bool = False) -> Provider:
     return Provider(
         lambda linears: our_layers(linears, weight, activation, grid, resident),
         str(weight),
         str(activation),
-        grid,
+        "int8" if grid == "auto" else grid,
         stored=grid if resident else None,
     )
 
@@ -82,6 +82,11 @@ PROVIDERS = {
     "sdnq int8": Provider(lambda linears: peers.sdnq(linears, "int8"), "int8", "int8", "int8", ABSMAX),
     "sdnq uint4": Provider(lambda linears: peers.sdnq(linears, "uint4"), "4", "int8", "int8", ABSMAX),
 }
+CPU_PROVIDERS = {
+    "bf16": PROVIDERS["bf16"],
+    **{f"W{w}A{a}": ours(w, a, "auto") for w, a in ((4, 4), (3, 3), (2, 4), (2, 3), (4, 6))},
+    "W4A4 exact": ours(4, 4, "exact"),
+}
 MODULATION_PROVIDERS = {
     "bf16": Provider(plain, "bf16", "bf16", "bf16"),
     "INT4": Provider(our_int4, "4", "bf16", "bf16"),
@@ -124,6 +129,7 @@ LAYERS = (
     Layer(512, 3072, 3072),
 )
 """In the order of what must be known first: a deadline cuts off the end."""
+CPU_LAYERS = (Layer(1024, 3072, 3072), Layer(4096, 3072, 3072), Layer(256, 3072, 3072))
 
 
 @dataclass
@@ -180,4 +186,6 @@ def case_of(layer: Layer, device: str, providers: Mapping[str, Provider] | None 
 
 
 def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        return [case_of(layer, device, CPU_PROVIDERS) for layer in CPU_LAYERS]
     return [case_of(layer, device) for layer in LAYERS]

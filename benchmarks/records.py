@@ -1,6 +1,7 @@
 """Results as JSON lines: one line a measurement, complete in itself, written at once."""
 
 import json
+import platform
 import subprocess
 import time
 from datetime import datetime, timezone
@@ -26,13 +27,13 @@ class Recorder:
         line = {"suite": suite, "case": case, "provider": provider, "status": status, **facts, **self.shared}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        told = f"{facts['median_us']:.1f} us" if "median_us" in facts else f"{status}: {facts.get('note', '')}"
+        told = f"{facts['median_us']:.1f} us" if "median_us" in facts else f"{status}: {facts.get('note', facts)}"
         print(f"{suite} | {case} | {provider} | {told}", flush=True)
 
 
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:
     """GPU, versions, commit and date; and what a copy of 1 GiB moves here, read plus write, in TB/s."""
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    gpu = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     found = {name: installed(name) for name in PACKAGES}
     return {
         "gpu": gpu,
@@ -44,6 +45,14 @@ def environment(device: str, commit: str | None = None) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "copy_tbps": round(copy_bandwidth(device), 3),
     }
+
+
+def cpu_name() -> str:
+    """The processor and how many of its cores torch uses."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    name = names[0].partition(":")[2].strip() if names else platform.machine()
+    return f"CPU ({name}, {torch.get_num_threads()} threads)"
 
 
 def installed(package: str) -> str | None:
@@ -67,7 +76,7 @@ def git_commit() -> str:
 
 def copy_bandwidth(device: str) -> float:
     size = 1 << (30 if device == "cuda" else 24)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = []
     for _ in range(12):

@@ -18,7 +18,7 @@ PEAKS = {"NVIDIA H200": {"e4m3": 1320.0, "int8": 660.0, "bf16": 710.0, "attentio
 """TFLOP/s that a library GEMM, or cuDNN's attention in bf16, reached on a GPU: what the floor counts with."""
 REFERENCE = {"kernels": "copy", "layers": "bf16", "models": "bf16 compiled"}
 """What each suite's speed-ups are over."""
-TITLES = {"kernels": "Kernels", "layers": "Layers", "models": "Models"}
+TITLES = {"kernels": "Kernels", "layers": "Layers", "models": "Models", "memory": "Memory"}
 
 HEAD = """# Performance
 
@@ -175,8 +175,16 @@ def measured_with(rows: list[Row]) -> str:
     return "; ".join(part for part in parts if not part.endswith(" ")) + "."
 
 
+def memory_details(rows: list[Row]) -> str:
+    """Resident memory of layers before and after a forward pass."""
+    body = [[r["case"], r["provider"], f"{r['before_mb']:.0f}", f"{r['after_mb']:.0f}"] for r in rows]
+    return table(["case", "provider", "before, MB", "after a forward pass, MB"], body, left=2)
+
+
 def section(suite: str, rows: list[Row]) -> str:
-    """One suite on one GPU: the summary, all rows, and what gave no time."""
+    """One suite on one processor: the summary, all rows, and what gave no time."""
+    if suite == "memory":
+        return "\n\n".join([f"### {TITLES[suite]}", measured_with(rows), memory_details(rows)])
     details: Callable[[list[Row]], str] = model_details if suite == "models" else lambda r: small_details(suite, r)
     parts = [f"### {TITLES[suite]}", measured_with(rows), matrix(suite, rows), "All rows:", details(rows)]
     missing = [f"- {r['case']}, {r['provider']}: {failure(r)}" for r in rows if r["status"] != "ok"]

@@ -88,7 +88,27 @@ def quality() -> str:
     return table(["", *CATEGORIES, "overall", "PSNR, dB"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"families": families, "demo": demo, "quality": quality}
+def speed() -> str:
+    """Milliseconds a step and peak memory of the models, from the benchmark's lines; the last of a kind counts."""
+    lines = [json.loads(line) for p in sorted((ROOT / "benchmarks/results").glob("*.jsonl")) for line in p.open()]
+    found = {(r["case"], r["provider"]): r for r in lines if r["suite"] == "models" and r["status"] == "ok"}
+    gpu = " and ".join(sorted({r["gpu"] for r in found.values()}))
+    rows = []
+    for case in dict.fromkeys(case for case, _ in found):
+        base, ours, float8, w2 = (
+            found.get((case, f"{name} compiled")) for name in ("bf16", "W4A4", "torchao float8", "W2A4")
+        )
+        if base is None or ours is None:
+            continue
+        other = "-" if float8 is None else f"{base['median_us'] / float8['median_us']:.2f}x"
+        memory = [f"{r['peak_gb']:.1f}" if r else "-" for r in (base, float8, ours, w2)]
+        times = f"{base['median_us'] / ours['median_us']:.2f}x"
+        rows.append([case, *(f"{r['median_us'] / 1e3:.1f}" for r in (base, ours)), times, other, " / ".join(memory)])
+    head = ["bf16, ms", "W4A4, ms", "speed-up", "torchao float8", "peak GB: bf16 / float8 / W4A4 / W2A4"]
+    return table([f"one step on {gpu}", *head], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"families": families, "demo": demo, "quality": quality, "speed": speed}
 
 
 def main() -> None:

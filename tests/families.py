@@ -22,17 +22,17 @@ class Family(NamedTuple):
 
     def run(self, model: nn.Module) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        inputs = {k: _fill(v, generator, model.dtype) for k, v in self.inputs().items()}
+        inputs = {k: _fill(v, generator, model) for k, v in self.inputs().items()}
         with torch.no_grad():
             output = model(**inputs, return_dict=False)[0]
         return torch.stack(output) if isinstance(output, list) else output
 
 
-def _fill(value, generator: torch.Generator, dtype: torch.dtype):
-    """A tuple of sizes becomes noise, a list is filled item by item, tensors stay."""
+def _fill(value, generator: torch.Generator, model: nn.Module):
+    """A tuple of sizes becomes noise, a list is filled item by item, tensors stay; all on the model's device."""
     if isinstance(value, tuple):
-        return torch.randn(value, generator=generator).to(dtype)
-    return [_fill(item, generator, dtype) for item in value] if isinstance(value, list) else value
+        value = torch.randn(value, generator=generator).to(model.dtype)
+    return [_fill(item, generator, model) for item in value] if isinstance(value, list) else value.to(model.device)
 
 
 FAMILIES = {

@@ -9,8 +9,8 @@ from accelerate import init_empty_weights
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from encoding_checks import counted
 from families import FAMILIES
 from orbitdit import ConfigError, OrbitLinear, OrbitQuantConfig, kernels, plan, quantize_
 from orbitdit.kernels import E4M3, EXACT, INT8
@@ -36,22 +36,6 @@ def quantized(name, grid="int8", bits="w4a4"):
 
 def orbit_layers(model):
     return [layer for _, layer in packed_layers(model) if isinstance(layer, OrbitLinear)]
-
-
-class Count(TorchDispatchMode):
-    """Counts the encodings that run inside of it."""
-
-    number = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += function is torch.ops.orbitdit.rotate_encode.default
-        return function(*args, **(kwargs or {}))
-
-
-def counted(function):
-    with Count() as count:
-        result = function()
-    return result, count.number
 
 
 def nothing_is_held(model):

@@ -44,7 +44,7 @@ def _kernel(dim: int, half: bool, device: int) -> tuple[Kernel, int, int]:
 
 
 def warps_and_split(dim: int) -> tuple[int, int]:
-    """Warps of a block, and how many of them share a tile: as many as a row has chunks, if a block has room for them."""
+    """Warps of a block, and how many of them share a tile: as many as a row has chunks, if a block has room."""
     chunks = -(-dim // CHUNK)
     split = max(s for s in range(1, min(chunks, WARPS) + 1) if chunks % s == 0 or s == min(chunks, WARPS))
     return max(split, 4 // split * split), split

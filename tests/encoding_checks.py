@@ -1,0 +1,65 @@
+"""Tokens to encode, how a kernel's codes may differ from the definition's, and how often a model encodes."""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orbitdit.codebook import on_grid
+from orbitdit.kernels import reference
+from orbitdit.rotation import rotation
+
+FLIPS = {2: 1e-3, 3: 1e-3, 4: 1e-3, 6: 4e-3}
+"""Share of the values that may be those of a neighbouring cell, by bits."""
+NORMS = (1e-12, 1e-10, 1e-6, 1e-3, 1, 1e3, 1e10, 1e18, 1e20, 1e30, 3.0)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(count: int, dim: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    """Normal tokens with a few channels 30 times as large, as in a DiT."""
+    x = random(count, dim, seed=seed)
+    x[:, :: max(1, dim // 5)] *= 30
+    return x.to(dtype)
+
+
+def tokens_of_one_input(dim: int) -> Tensor:
+    """They are zero outside of a block of the Hadamard matrix, where a value lies on a boundary: it takes the lower."""
+    x = torch.zeros(6, dim)
+    placed = [(0, 1), (1, -3), (15, 0.5), (dim // 2, 7), (dim - 2, 1e20), (dim - 1, -1e-9)]
+    for row, (channel, value) in enumerate(placed):
+        x[row, channel] = value
+    return x.bfloat16()
+
+
+def flips(encoded: tuple[Tensor, Tensor], x: Tensor, bits: int, grid: str, seed: int = 1) -> int:
+    """How many values differ from the definition's, after checks that these are neighbours across a near boundary."""
+    (values, scales), (expected, expected_scales) = encoded, reference.rotate_encode(x, bits, seed, grid)
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+    dim, codebook = x.shape[1], on_grid(x.shape[1], bits, grid, True)
+    levels = codebook.values.float().unique().to(x.device)
+    code, expected_code = (torch.bucketize(v.float(), levels) for v in (values, expected))
+    assert torch.equal(levels[code], values.float())
+    flipped = code != expected_code
+    assert ((code - expected_code).abs() <= 1).all()
+    boundaries = (levels[code] + levels[expected_code])[flipped] / 2 * codebook.scale * dim**0.5
+    rotated = rotation(dim, seed).apply(reference.normalize(x)[0])[flipped] * dim**0.5
+    reach = 2e-3 if bits <= 4 else 4e-3
+    assert ((rotated - boundaries).abs() <= reach * (1 + boundaries.abs())).all()
+    return int(flipped.sum())
+
+
+class _Count(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.orbitdit.rotate_encode.default
+        return function(*args, **(kwargs or {}))
+
+
+def counted(function):
+    """What `function` gives, and how often tokens were encoded for it."""
+    with _Count() as count:
+        result = function()
+    return result, count.number
