@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from encoding_checks import same
 from orbitdit import Int4Linear, OrbitLinear, kernels
 from orbitdit.kernels import E4M3, EXACT, INT8, cpu, ops, reference
 from orbitdit.packing import pack
@@ -26,10 +27,6 @@ def orbit(grid, bits=(4, 4), **sizes):
     layer = OrbitLinear.from_linear(plain_linear(**sizes), *bits, seed=2**63 + 5)
     layer.set_grid(grid, False)
     return layer.eval()
-
-
-def same(a, b):
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def packed(rows, dim, bits):

@@ -208,55 +208,54 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 
     // The left product of one row of tiles (f2) of a unit, as A operands of the right one.
     auto left_product = [&](int unit, int f2, u32 (&middle)[FACTOR1][TOKENS][4]) {
-      float sum[FACTOR1][TOKENS][2][4];
+      u32 b[FACTOR1][TOKENS][2][2];
 #pragma unroll
       for (int f1 = 0; f1 < FACTOR1; ++f1) {
         const uint4 places = __ldg(gather + (unit * TILES + f2 * FACTOR1 + f1) * 32 + lane);
         const u32 place[4] = {places.x, places.y, places.z, places.w};
-        u32 b[TOKENS][2][2];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const u32 low = place[i] & 0x7fffu, high = place[i] >> 16 & 0x7fffu;
 #if TOKENS == 1
           const u16* const channel = reinterpret_cast<const u16*>(staged);
-          b[0][i >> 1][i & 1] = xor_and(__byte_perm(channel[low], channel[high], 0x5410), place[i], 0x80008000u);
+          b[f1][0][i >> 1][i & 1] = xor_and(__byte_perm(channel[low], channel[high], 0x5410), place[i], 0x80008000u);
 #elif TOKENS == 2
           const u32 one = reinterpret_cast<const u32*>(staged)[low], two = reinterpret_cast<const u32*>(staged)[high];
-          b[0][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x5410), place[i], 0x80008000u);
-          b[1][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x7632), place[i], 0x80008000u);
+          b[f1][0][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x5410), place[i], 0x80008000u);
+          b[f1][1][i >> 1][i & 1] = xor_and(__byte_perm(one, two, 0x7632), place[i], 0x80008000u);
 #else
           const uint2 one = reinterpret_cast<const uint2*>(staged)[low];
           const uint2 two = reinterpret_cast<const uint2*>(staged)[high];
-          b[0][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x5410), place[i], 0x80008000u);
-          b[1][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x7632), place[i], 0x80008000u);
-          b[2][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x5410), place[i], 0x80008000u);
-          b[3][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x7632), place[i], 0x80008000u);
+          b[f1][0][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x5410), place[i], 0x80008000u);
+          b[f1][1][i >> 1][i & 1] = xor_and(__byte_perm(one.x, two.x, 0x7632), place[i], 0x80008000u);
+          b[f1][2][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x5410), place[i], 0x80008000u);
+          b[f1][3][i >> 1][i & 1] = xor_and(__byte_perm(one.y, two.y, 0x7632), place[i], 0x80008000u);
 #endif
         }
+      }
 #pragma unroll
-        for (int o1 = 0; o1 < FACTOR1; ++o1)
+      for (int o1 = 0; o1 < FACTOR1; ++o1)
 #pragma unroll
-          for (int t = 0; t < TOKENS; ++t) {
+        for (int t = 0; t < TOKENS; ++t) {
+          float sum[2][4];
+#pragma unroll
+          for (int f1 = 0; f1 < FACTOR1; ++f1) {
             u32 a[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = scaled[t][i] ^ (__popc(o1 & f1) & 1 ? 0x80008000u : 0u);
 #pragma unroll
             for (int n = 0; n < 2; ++n)
               if (f1 == 0)
-                mma_input_first(sum[o1][t][n], a, b[t][n]);
+                mma_input_first(sum[n], a, b[0][t][n]);
               else
-                mma_input(sum[o1][t][n], a, b[t][n]);
+                mma_input(sum[n], a, b[f1][t][n]);
           }
-      }
-#pragma unroll
-      for (int o1 = 0; o1 < FACTOR1; ++o1)
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float* const c = &sum[o1][t][i >> 1][2 * (i & 1)];
+            const float* const c = &sum[i >> 1][2 * (i & 1)];
             middle[o1][t][i] = HALF ? pack_f16(c[0] * factor[t], c[1] * factor[t]) : pack_f16(c[0], c[1]);
           }
+        }
     };
 
     // The right product of tile (o1, o2) of a unit from the left products of all f2, its codes, and their way out.
