@@ -66,7 +66,7 @@ class _Count(TorchDispatchMode):
     number = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += function is torch.ops.orbitdit.rotate_encode.default
+        self.number += function is torch.ops.orbitdit.project.default
         return function(*args, **(kwargs or {}))
 
 

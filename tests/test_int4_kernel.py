@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cuda_emulator import launch
+from orbitdit.kernels import int4_linear as int4_cuda
 from orbitdit.quantize import QuantizedWeight, dequantize_int4, quantize_int4
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -16,7 +17,7 @@ def random(*shape, seed=0):
 def int4_linear(x, quantized, bias, warps=4, split=2, blocks=3, reverse=False):
     (rows, dim), n = x.shape, len(quantized.codes)
     y = torch.full((rows, n), torch.nan, dtype=x.dtype)
-    shared_bytes = warps * 1024 + rows * (512 * split * -(-dim // (256 * split)) + 16)
+    shared_bytes = int4_cuda.shared_bytes(rows, dim, warps, split)
     defines = {"DIM": dim, "HALF": int(x.dtype == torch.float16), "WARPS": warps, "SPLIT": split}
     args = [x, quantized.codes, quantized.scales, bias, y, rows, n]
     launch("int4_linear.cu", "int4_linear", (blocks, 1, 1), warps * 32, shared_bytes, args, defines, reverse)
@@ -65,6 +66,16 @@ def test_every_shape_of_launch_gives_the_product(dtype, warps, split, blocks, re
     quantized, x = quantize_int4(random(100, 768)), random(3, 768, seed=1).to(dtype)
     bias = random(100, seed=2).to(dtype)
     check(int4_linear(x, quantized, bias, warps, split, blocks, reverse), x, quantized, bias)
+
+
+@pytest.mark.parametrize("dim", [1, 137, 256, 512, 1536, 3072, 3840])
+def test_the_launch_for_each_width(dim):
+    warps, split = int4_cuda.warps_and_split(dim)
+    assert warps % split == 0
+    assert 4 <= warps <= int4_cuda.WARPS
+    assert int4_cuda.shared_bytes(8, dim, warps, split) <= 227 << 10  # what a block may have on sm_90
+    quantized, x = quantize_int4(random(40, dim)), random(8, dim, seed=1).bfloat16()
+    check(int4_linear(x, quantized, None, warps, split), x, quantized, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -36,14 +36,12 @@ def packed(rows, dim, bits):
 
 def cases():
     x = random(5, 64, dtype=BF16)
-    values, scales = reference.rotate_encode(x, 4, 0, "int8")
-    weight, row_scales = reference.decode(*packed(48, 64, 3), 3, 64, "int8")
+    (codes, scales), (decoded, row_scales) = packed(32, 64, 3), reference.decode(*packed(48, 64, 4), 4, 64, "int8")
     bias = random(48, seed=1).bfloat16()
     return {
         "rotate_encode": (x, 4, -1, INT8),
         "decode": (*packed(48, 64, 3), 3, 64, INT8),
-        "matmul": (values, scales, weight, row_scales, bias, BF16),
-        "linear": (values, scales, *packed(48, 64, 3), None, 3, BF16),
+        "project": (x.view(1, 5, 64), [codes, decoded], [scales, row_scales], [None, bias], [3, 4], 4, -1, INT8),
         "exact_linear": (x, *packed(48, 64, 6), bias, 6, 4, -3),
         "int4_linear": (x, packed(48, 64, 4)[0], random(48, 1).bfloat16(), bias),
     }
@@ -58,9 +56,8 @@ def test_the_registration_of_each_op(name):
 def test_shapes_and_dtypes_are_known_without_values(name):
     arguments = cases()[name]
     results = getattr(ops, name)(*arguments)
-    on_meta = getattr(ops, name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
-    as_tuple = (lambda r: r) if isinstance(results, tuple) else (lambda r: (r,))
-    for expected, found in zip(as_tuple(results), as_tuple(on_meta), strict=True):
+    on_meta = getattr(ops, name)(*torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), arguments))
+    for expected, found in zip(*map(torch.utils._pytree.tree_leaves, (results, on_meta)), strict=True):
         assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
@@ -75,9 +72,13 @@ def test_ops_are_the_definition(grid):
     torch.testing.assert_close(token_scales, expected[1], rtol=1e-6, atol=0)
     weight = ops.decode(codes, scales, 3, 64, number)
     assert all(map(same, weight, reference.decode(codes, scales, 3, 64, grid)))
-    product = reference.matmul(values, token_scales, *weight, bias, BF16)
-    assert torch.equal(ops.matmul(values, token_scales, *weight, bias, BF16), product)
-    torch.testing.assert_close(ops.linear(values, token_scales, codes, scales, bias, 3, BF16), product)
+    product = reference.matmul(values, token_scales, *weight, bias, torch.float32)
+    packed_and_decoded = ops.project(
+        x.view(3, 3, 64), [codes, weight[0]], [scales, weight[1]], [bias, bias], [3, 3], 4, -1, number
+    )
+    for y in packed_and_decoded:
+        assert y.shape == (3, 3, 48)
+        torch.testing.assert_close(y.view(9, 48).float(), product, rtol=2**-8, atol=1e-5)
 
 
 LAYERS = {

@@ -67,7 +67,7 @@ def test_compiled_blocks_encode_common_inputs_once(name):
     expected, graphs = family.run(model), []
 
     def backend(module, example_inputs):
-        graphs.append(sum("rotate_encode" in str(node.target) for node in module.graph.nodes))
+        graphs.append(sum("orbitdit.project" in str(node.target) for node in module.graph.nodes))
         return lookup_backend("aot_eager")(module, example_inputs)
 
     torch._dynamo.reset()
@@ -169,6 +169,16 @@ def test_only_layers_that_encode_alike_share():
 
 
 @torch.no_grad()
+def test_layers_that_no_kernel_takes_do_not_share():
+    layers = [OrbitLinear.from_linear(nn.Linear(64, rows).to(BF16), 4, 4) for rows in (64, 60, 64)]
+    share_inputs(layers)
+    assert layers[1].shared_input is None
+    assert layers[0].shared_input is layers[2].shared_input is not None
+    x = random(5, 64)
+    assert [layer(x).shape for layer in layers] == [(5, 64), (5, 60), (5, 64)]
+
+
+@torch.no_grad()
 def test_another_tensor_is_encoded_anew():
     block, x = Block(), random(5, 64)
     q, k, v = block.layers
@@ -185,6 +195,17 @@ def test_a_tensor_that_was_written_to_is_encoded_anew():
     x.mul_(-2)
     for layer, expected in zip((q, k, v), block.alone(x, x, x), strict=True):
         assert torch.equal(layer(x), expected)
+
+
+@torch.no_grad()
+def test_outputs_are_the_callers_to_change():
+    block, x = Block(), random(5, 64)
+    expected = block.alone(x, x, x)
+    for order in ((0, 0, 1, 2), (1, 1, 1, 0), (2, 0, 1)):
+        for i in order:
+            y = block.layers[i](x)
+            assert torch.equal(y, expected[i])
+            y.zero_()
 
 
 @torch.no_grad()

@@ -33,27 +33,33 @@ from orbitdit.quantize import (
 
 
 class SharedInput:
-    """The encoded input that several layers have in common, held from the first of them to the last.
+    """Layers that take the same tensor: the first of them that is called computes the outputs of all.
 
-    A layer that is given the very tensor that is held, not written to since, takes its encoding; any other tensor is
-    encoded anew, so that nothing depends on the layers being called together.
+    So the tensor is encoded once, and one op does the work of many. A member that is given the very tensor that the
+    outputs are of, not written to since, takes its output; any other tensor is computed anew, so that nothing depends on
+    the members being called together. What is held goes with the last member.
     """
 
-    def __init__(self, members: int):
+    def __init__(self, members: tuple["OrbitLinear", ...]):
         self.members, self.left = members, 0
-        self.held: tuple[Tensor, int, int, Tensor, Tensor] | None = None
+        self.held: tuple[Tensor, int, int, list[Tensor | None]] | None = None
 
-    def encode(self, x: Tensor, bits: int, seed: int, grid: int) -> tuple[Tensor, Tensor]:
-        """`rotate_encode` of the tokens of `x` (..., dim)."""
+    def output(self, place: int, x: Tensor, grid: int) -> Tensor:
+        """The output of member number `place` for `x` (..., dim)."""
         held, version = self.held, _version(x)
-        if held is not None and held[0] is x and held[1:3] == (version, grid):
-            self.left -= 1
-            if self.left == 0:
-                self.held = None
-            return held[3], held[4]
-        values, scales = _encode(x, bits, seed, grid)
-        self.held, self.left = (x, version, grid, values, scales), self.members - 1
-        return values, scales
+        if held is None or held[0] is not x or held[1:3] != (version, grid) or held[3][place] is None:
+            for member in self.members:
+                if member.codes.device != x.device:  # offloaded until it is called
+                    return _project(self.members[place : place + 1], x, grid)[0]
+            held = (x, version, grid, list(_project(self.members, x, grid)))
+            self.held, self.left = held, len(self.members)
+        self.left -= 1
+        if self.left == 0:
+            self.held = None
+        output = held[3][place]
+        held[3][place] = None  # the caller's own, to write to
+        assert output is not None
+        return output
 
 
 def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
@@ -63,12 +69,13 @@ def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
     """
     alike: dict[tuple[int, int, int], list[OrbitLinear]] = {}
     for layer in layers:
-        if layer.activation_bits < 16:
+        shape, bits = (layer.in_features, layer.out_features), (layer.weight_bits, layer.activation_bits)
+        if kernels.fits(shape, bits):
             alike.setdefault((layer.in_features, layer.activation_bits, layer.seed), []).append(layer)
     for members in alike.values():
-        shared = SharedInput(len(members)) if len(members) > 1 else None
-        for layer in members:
-            layer.shared_input = shared
+        shared = SharedInput(tuple(members)) if len(members) > 1 else None
+        for place, layer in enumerate(members):
+            layer.shared_input, layer.shared_place = shared, place
 
 
 def _version(x: Tensor) -> int:
@@ -76,8 +83,12 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-def _encode(x: Tensor, bits: int, seed: int, grid: int) -> tuple[Tensor, Tensor]:
-    return ops.rotate_encode(x.reshape(-1, x.shape[-1]).contiguous(), bits, kernels.signed(seed), grid)
+def _project(layers: tuple["OrbitLinear", ...], x: Tensor, grid: int) -> list[Tensor]:
+    """The outputs of `layers`, which encode alike, for `x` (..., dim)."""
+    weights, scales = zip(*(layer.operands(grid) for layer in layers), strict=True)
+    biases, bits = [layer.bias for layer in layers], [layer.weight_bits for layer in layers]
+    first = layers[0]
+    return ops.project(x, weights, scales, biases, bits, first.activation_bits, kernels.signed(first.seed), grid)
 
 
 class _PackedLinear(nn.Linear):
@@ -152,6 +163,7 @@ class OrbitLinear(_PackedLinear):
         self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed
         self.grid: int | None = None
         self.shared_input: SharedInput | None = None
+        self.shared_place = 0
         # Kept as integers: a model that is cast to another dtype must leave them alone.
         self.register_buffer("resident_values", None, persistent=False)
         self.register_buffer("resident_scales", None, persistent=False)
@@ -183,14 +195,15 @@ class OrbitLinear(_PackedLinear):
             tokens = x.reshape(-1, shape[0])
             y = ops.exact_linear(tokens, self.codes, self.scales, self.bias, *bits, kernels.signed(self.seed))
             return y.view(*x.shape[:-1], shape[1])
-        encode = _encode if self.shared_input is None else self.shared_input.encode
-        values, scales = encode(x, self.activation_bits, self.seed, grid)
+        if self.shared_input is not None:
+            return self.shared_input.output(self.shared_place, x, grid)
+        return _project((self,), x, grid)[0]
+
+    def operands(self, grid: int) -> tuple[Tensor, Tensor]:
+        """What `ops.project` takes as a weight: codes and scales, or what was decoded of them."""
         if self.resident_values is None or self.resident_scales is None:
-            y = ops.linear(values, scales, self.codes, self.scales, self.bias, self.weight_bits, x.dtype)
-        else:
-            weight, rows = self.resident_values.view(values.dtype), self.resident_scales.view(torch.float32)
-            y = ops.matmul(values, scales, weight, rows, self.bias, x.dtype)
-        return y.view(*x.shape[:-1], shape[1])
+            return self.codes, self.scales
+        return self.resident_values.view(kernels.dtype_of(grid)), self.resident_scales.view(torch.float32)
 
     def set_grid(self, grid: int | None, resident: bool) -> None:
         """Force a grid, or None for the device's own; `resident` keeps the decoded weight, a byte each, in memory."""

@@ -2,8 +2,7 @@
 
     rotate_encode   tokens -> values on a number grid and one scale a token
     decode          packed codes -> values on the grid and one scale a row
-    matmul          values x values, scaled, plus bias
-    linear          decode and matmul
+    project         the layer, or several on one input: encode, then decode and multiply for each
     int4_linear     weight-only INT4, for modulation
     exact_linear    the whole layer with fp32 centroids: the reference, and the route of devices without kernels
 
@@ -61,6 +60,11 @@ def _device_grids(device: torch.device) -> tuple[str, ...]:
     return ("exact",)
 
 
+def fits(shape: tuple[int, int], bits: tuple[int, int]) -> bool:
+    """Whether the kernels take a layer of `shape` (in, out) and `bits` (weight, activation)."""
+    return rotate_encode_cuda.supported(shape[0]) and shape[1] % 16 == 0 and max(bits) <= GRID_BITS
+
+
 def choose(
     forced: int | None, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], bits: tuple[int, int]
 ) -> int:
@@ -68,8 +72,7 @@ def choose(
 
     Exact for fp32 and fp64 inputs, for 8-bit codes and unquantized activations, and for widths that no kernel takes.
     """
-    fits = rotate_encode_cuda.supported(shape[0]) and shape[1] % 16 == 0 and max(bits) <= GRID_BITS
-    if not fits or dtype not in (torch.bfloat16, torch.float16):
+    if not fits(shape, bits) or dtype not in (torch.bfloat16, torch.float16):
         return EXACT
     return GRIDS[device_grids(device)[0]] if forced is None else forced
 
@@ -94,36 +97,53 @@ def _define(schema: str, cpu_function, cuda_function, fake, any_function=None) -
     torch.library.register_fake(f"orbitdit::{name}", fake, lib=_LIBRARY)
 
 
-def _grid_dtype(grid: int) -> torch.dtype:
+def dtype_of(grid: int) -> torch.dtype:
+    """The dtype of values on a grid."""
     return reference.DTYPES[_NAMES[grid]]
 
 
 def _rotate_encode_fake(x, bits, seed, grid):
-    return x.new_empty(x.shape, dtype=_grid_dtype(grid)), x.new_empty(x.shape[:1], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype_of(grid)), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
 def _decode_fake(codes, scales, bits, dim, grid):
     rows = codes.shape[0]
-    return codes.new_empty((rows, dim), dtype=_grid_dtype(grid)), codes.new_empty((rows,), dtype=torch.float32)
+    return codes.new_empty((rows, dim), dtype=dtype_of(grid)), codes.new_empty((rows,), dtype=torch.float32)
 
 
-def _matmul_fake(values, token_scales, weight, row_scales, bias, dtype):
-    return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
-
-
-def _linear_fake(values, token_scales, codes, scales, bias, bits, dtype):
-    return values.new_empty((values.shape[0], codes.shape[0]), dtype=dtype)
+def _project_fake(x, weights, *_):
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
 
 
 def _rows_fake(x, codes, *_):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _linear_on_cuda(values, token_scales, codes, scales, bias, bits, dtype):
-    """The decoded weight lives until the product is queued; torch's allocator hands the memory to the next layer."""
-    grid = "int8" if values.dtype == torch.int8 else "e4m3"
-    weight, row_scales = decode_cuda.decode(codes, scales, bits, values.shape[1], grid)
-    return matmul_cuda.matmul(values, token_scales, weight, row_scales, bias, dtype)
+def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
+    tokens = x.reshape(-1, x.shape[-1])
+    values, token_scales = cpu.rotate_encode(tokens, activation_bits, _seed(seed), _NAMES[grid])
+    outputs = []
+    for weight, scale, bias, bits in zip(weights, scales, biases, weight_bits, strict=True):
+        if weight.dtype == torch.uint8:
+            y = cpu.linear(values, token_scales, weight, scale, bias, bits, x.dtype)
+        else:
+            y = reference.matmul(values, token_scales, weight, scale, bias, x.dtype)
+        outputs.append(y.view(*x.shape[:-1], len(weight)))
+    return outputs
+
+
+def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
+    """A decoded weight lives until its product is queued; torch's allocator hands the memory to the next one."""
+    dim, name = x.shape[-1], _NAMES[grid]
+    tokens = x.reshape(-1, dim).contiguous()
+    values, token_scales = rotate_encode_cuda.rotate_encode(tokens, activation_bits, _seed(seed), name)
+    outputs = []
+    for weight, scale, bias, bits in zip(weights, scales, biases, weight_bits, strict=True):
+        if weight.dtype == torch.uint8:
+            weight, scale = decode_cuda.decode(weight, scale, bits, dim, name)
+        y = matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype)
+        outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], len(weight)))
+    return outputs
 
 
 def _int4_on_cuda(x, codes, scales, bias):
@@ -153,18 +173,11 @@ _define(
     _decode_fake,
 )
 _define(
-    "matmul(Tensor values, Tensor token_scales, Tensor weight, Tensor row_scales, Tensor? bias, ScalarType dtype)"
-    " -> Tensor",
-    reference.matmul,
-    matmul_cuda.matmul,
-    _matmul_fake,
-)
-_define(
-    "linear(Tensor values, Tensor token_scales, Tensor codes, Tensor scales, Tensor? bias, int bits, ScalarType dtype)"
-    " -> Tensor",
-    cpu.linear,
-    _linear_on_cuda,
-    _linear_fake,
+    "project(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int[] weight_bits, int activation_bits,"
+    " int seed, int grid) -> Tensor[]",
+    _project_on_cpu,
+    _project_on_cuda,
+    _project_fake,
 )
 _define(
     "exact_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int weight_bits, int activation_bits, int seed)"

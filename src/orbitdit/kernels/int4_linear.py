@@ -1,4 +1,4 @@
-"""`int4_linear` on CUDA: a kernel for the few rows of a batch's modulation, plain torch for more. See int4_linear.cu."""
+"""`int4_linear` on CUDA: a kernel for the few rows that modulation has, plain torch for more. See int4_linear.cu."""
 
 from functools import cache
 

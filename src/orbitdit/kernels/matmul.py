@@ -1,6 +1,6 @@
 """`matmul` on CUDA: library GEMMs with the scales and the bias in the epilogue, or right after it.
 
-e4m3: `torch._scaled_mm` with row and column scales, which rounds to bf16. int8: `torch._int_mm` to int32, then one pass.
+e4m3: `torch._scaled_mm` with row and column scales, which rounds to bf16. int8: `torch._int_mm`, then one pass.
 """
 
 import torch

@@ -29,8 +29,8 @@ class Tile(NamedTuple):
 TILES = {
     1: Tile(2, 1, 1, 4, 8),
     2: Tile(2, 1, 2, 5, 4),
-    4: Tile(2, 1, 4, 3, 5),
-    8: Tile(1, 4, 2, 6, 4, True),
+    4: Tile(2, 1, 4, 3, 4),
+    8: Tile(1, 4, 2, 5, 4),
     16: Tile(2, 4, 4, 8, 2, True),
 }
 """By h / 256 (1 for smaller blocks). More tokens share a gather; the registers of factor * tokens tiles set the end."""
@@ -40,7 +40,7 @@ BEST_TILES = {
     3072: Tile(1, 1, 4, 3, 7),
     8960: Tile(2, 1, 1, 7, 5),
     13824: Tile(2, 1, 2, 8, 2),
-    15360: Tile(2, 1, 4, 8, 2),
+    15360: Tile(2, 1, 4, 8, 3),
 }
 """By width, where measurement on an H200 found something better."""
 MAX_DIM = 32752
