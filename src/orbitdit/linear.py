@@ -36,8 +36,8 @@ class SharedInput:
     """Layers that take the same tensor: the first of them that is called computes the outputs of all.
 
     So the tensor is encoded once, and one op does the work of many. A member that is given the very tensor that the
-    outputs are of, not written to since, takes its output; any other tensor is computed anew, so that nothing depends on
-    the members being called together. What is held goes with the last member.
+    outputs are of, not written to since, takes its output; for any other tensor all is computed anew, so that nothing
+    depends on the members being called together. What is held goes with the last member.
     """
 
     def __init__(self, members: tuple["OrbitLinear", ...]):
