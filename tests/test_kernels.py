@@ -203,38 +203,64 @@ def test_bins_hold_the_nearest_levels(dim, bits, grid):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("bits", PACKED_BITS)
-@pytest.mark.parametrize(("rows", "dim"), [(1, 16), (7, 48), (9, 3072), (300, 16)])
-def test_decode_is_exact(rows, dim, bits, grid):
-    codes = torch.randint(1 << bits, (rows, dim), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
-    packed, scales = pack(codes, bits), random(rows).exp().bfloat16()
-    expected, expected_scales = reference.decode(packed, scales, bits, dim, grid)
-    table = torch.from_numpy(rotate_encode_cuda.grid_bytes(on_grid(dim, bits, grid, False).values, grid))
-    chunks, threads, unroll = rows * dim // decode_cuda.CHUNK, 64, decode_cuda.UNROLL
+@pytest.mark.parametrize(
+    ("rows", "dim", "bias"),
+    [
+        ((1,), 16, False),
+        ((7,), 48, False),
+        ((9,), 3072, False),
+        ((300,), 16, False),
+        ((3, 5), 64, True),
+        ((2, 1, 70), 48, False),
+        ((1, 40, 2, 3), 32, True),
+    ],
+)
+def test_decode_is_exact(rows, dim, bias, bits, grid):
+    """Weights are decoded one after the other, and their biases collected."""
+    generator = torch.Generator().manual_seed(bits)
+    codes = [torch.randint(1 << bits, (n, dim), generator=generator).to(torch.uint8) for n in rows]
+    packed = [pack(c, bits) for c in codes]
+    scales = [random(n, seed=i).exp().bfloat16() for i, n in enumerate(rows)]
+    biases = [random(n, seed=9 + i).half() for i, n in enumerate(rows)]
+    expected, expected_scales = reference.decode(torch.cat(packed), torch.cat(scales), bits, dim, grid)
+    codebook = on_grid(dim, bits, grid, False)
+    table = torch.from_numpy(rotate_encode_cuda.grid_bytes(codebook.values, grid))
+    total, threads, unroll = sum(rows), 64, decode_cuda.UNROLL
+    chunks = total * dim // decode_cuda.CHUNK
+    missing = [None] * (decode_cuda.MEMBERS - len(rows))
+    ends = [sum(rows[: i + 1]) for i in range(decode_cuda.MEMBERS - 1)]
+    bounds = [bound for end in ends for bound in (end * dim // decode_cuda.CHUNK, end)]
+    given = biases if bias else [None] * len(rows)
+    defines = {"BITS": bits, "MEMBERS": len(rows), "BIAS": int(bias), "THREADS": threads, "UNROLL": unroll}
     for reverse in (False, True):
-        values, row_scales = torch.full((rows, dim), 0x80, dtype=torch.uint8), torch.full((rows,), torch.nan)
+        values, row_scales = torch.full((total, dim), 0x80, dtype=torch.uint8), torch.full((total,), torch.nan)
+        collected = torch.full((total,), torch.nan, dtype=torch.float16) if bias else None
+        pointers = [*packed, *missing, *scales, *missing, *given, *missing, table, values, row_scales, collected]
         launch(
             "decode.cu",
             "decode",
             (-(-chunks // (threads * unroll)), 1, 1),
             threads,
             0,
-            [packed, table, values, scales, row_scales, chunks, rows, on_grid(dim, bits, grid, False).scale],
-            {"BITS": bits, "THREADS": threads, "UNROLL": unroll},
+            [*pointers, *bounds, chunks, total, codebook.scale],
+            defines,
             reverse,
         )
         assert torch.equal(values, expected.view(torch.uint8))
         assert torch.equal(row_scales, expected_scales)
+        assert collected is None or torch.equal(collected, torch.cat(biases))
 
 
 @pytest.mark.parametrize("bias", [None, *DTYPES])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "rows"), [(1, 16), (5, 48), (3, 400)])
-def test_scaling_is_what_the_definition_does_to_sums(count, rows, dtype, bias):
+@pytest.mark.parametrize("kind_of_sums", [torch.int32, torch.float32])
+def test_scaling_is_what_the_definition_does_to_sums(kind_of_sums, count, rows, dtype, bias):
     generator = torch.Generator().manual_seed(rows)
     values, weight = (torch.randint(-127, 128, (n, 64), generator=generator).to(torch.int8) for n in (count, rows))
     token_scales, row_scales = random(count).exp(), random(rows, seed=1).exp() / 1000
     bias = None if bias is None else random(rows, seed=2).to(bias)
-    sums, y = values.int() @ weight.int().T, torch.full((count, rows), torch.nan, dtype=dtype)
+    sums, y = (values.int() @ weight.int().T).to(kind_of_sums), torch.full((count, rows), torch.nan, dtype=dtype)
     kind = 0 if bias is None else 1 if bias.dtype == torch.bfloat16 else 2
     launch(
         "scale.cu",
@@ -243,7 +269,12 @@ def test_scaling_is_what_the_definition_does_to_sums(count, rows, dtype, bias):
         64,
         0,
         [sums, token_scales, row_scales, y if bias is None else bias, y, count, rows],
-        {"OUTPUT": int(dtype == torch.float16), "BIAS": kind, "THREADS": 64},
+        {
+            "SUMS": int(kind_of_sums == torch.float32),
+            "OUTPUT": int(dtype == torch.float16),
+            "BIAS": kind,
+            "THREADS": 64,
+        },
     )
     assert torch.equal(y, reference.matmul(values, token_scales, weight, row_scales, bias, dtype))
 

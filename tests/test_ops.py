@@ -76,9 +76,9 @@ def test_ops_are_the_definition(grid):
     packed_and_decoded = ops.project(
         x.view(3, 3, 64), [codes, weight[0]], [scales, weight[1]], [bias, bias], [3, 3], 4, -1, number
     )
-    for y in packed_and_decoded:
-        assert y.shape == (3, 3, 48)
-        torch.testing.assert_close(y.view(9, 48).float(), product, rtol=2**-8, atol=1e-5)
+    assert packed_and_decoded.shape == (3, 3, 96)
+    for y in packed_and_decoded.view(9, 96).split(48, dim=1):
+        torch.testing.assert_close(y.float(), product, rtol=2**-8, atol=1e-5)
 
 
 LAYERS = {

@@ -83,12 +83,13 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-def _project(layers: tuple["OrbitLinear", ...], x: Tensor, grid: int) -> list[Tensor]:
-    """The outputs of `layers`, which encode alike, for `x` (..., dim)."""
+def _project(layers: tuple["OrbitLinear", ...], x: Tensor, grid: int) -> tuple[Tensor, ...]:
+    """The outputs of `layers`, which encode alike, for `x` (..., dim): views of one tensor."""
     weights, scales = zip(*(layer.operands(grid) for layer in layers), strict=True)
     biases, bits = [layer.bias for layer in layers], [layer.weight_bits for layer in layers]
     first = layers[0]
-    return ops.project(x, weights, scales, biases, bits, first.activation_bits, kernels.signed(first.seed), grid)
+    y = ops.project(x, weights, scales, biases, bits, first.activation_bits, kernels.signed(first.seed), grid)
+    return (y,) if len(layers) == 1 else y.split([layer.out_features for layer in layers], dim=-1)
 
 
 class _PackedLinear(nn.Linear):

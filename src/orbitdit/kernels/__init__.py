@@ -2,7 +2,7 @@
 
     rotate_encode   tokens -> values on a number grid and one scale a token
     decode          packed codes -> values on the grid and one scale a row
-    project         the layer, or several on one input: encode, then decode and multiply for each
+    project         the layer, or several on one input side by side: encode, decode, multiply
     int4_linear     weight-only INT4, for modulation
     exact_linear    the whole layer with fp32 centroids: the reference, and the route of devices without kernels
 
@@ -112,7 +112,7 @@ def _decode_fake(codes, scales, bits, dim, grid):
 
 
 def _project_fake(x, weights, *_):
-    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
 
 
 def _rows_fake(x, codes, *_):
@@ -125,25 +125,36 @@ def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, se
     outputs = []
     for weight, scale, bias, bits in zip(weights, scales, biases, weight_bits, strict=True):
         if weight.dtype == torch.uint8:
-            y = cpu.linear(values, token_scales, weight, scale, bias, bits, x.dtype)
+            outputs.append(cpu.linear(values, token_scales, weight, scale, bias, bits, x.dtype))
         else:
-            y = reference.matmul(values, token_scales, weight, scale, bias, x.dtype)
-        outputs.append(y.view(*x.shape[:-1], len(weight)))
-    return outputs
+            outputs.append(reference.matmul(values, token_scales, weight, scale, bias, x.dtype))
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
-    """A decoded weight lives until its product is queued; torch's allocator hands the memory to the next one."""
+    """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued; torch's
+    allocator hands the memory to the next layer."""
     dim, name = x.shape[-1], _NAMES[grid]
-    tokens = x.reshape(-1, dim).contiguous()
+    tokens = x if x.ndim == 2 else x.reshape(-1, dim)
     values, token_scales = rotate_encode_cuda.rotate_encode(tokens, activation_bits, _seed(seed), name)
-    outputs = []
-    for weight, scale, bias, bits in zip(weights, scales, biases, weight_bits, strict=True):
-        if weight.dtype == torch.uint8:
-            weight, scale = decode_cuda.decode(weight, scale, bits, dim, name)
+    kinds = {(w.dtype, b, None if o is None else o.dtype) for w, b, o in zip(weights, weight_bits, biases, strict=True)}
+    packed = weights[0].dtype == torch.uint8
+    if len(kinds) == 1 and packed and len(weights) <= decode_cuda.MEMBERS and _sixteen_bits(biases[0]):
+        weight, scale, bias = decode_cuda.decode_all(weights, scales, biases, weight_bits[0], dim, name)
         y = matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype)
-        outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], len(weight)))
-    return outputs
+    else:
+        parts = []
+        for weight, scale, bias, bits in zip(weights, scales, biases, weight_bits, strict=True):
+            if weight.dtype == torch.uint8:
+                weight, scale = decode_cuda.decode(weight, scale, bits, dim, name)
+            parts.append(matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype))
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _sixteen_bits(bias):
+    return bias is None or bias.element_size() == 2
 
 
 def _int4_on_cuda(x, codes, scales, bias):
@@ -174,7 +185,7 @@ _define(
 )
 _define(
     "project(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int[] weight_bits, int activation_bits,"
-    " int seed, int grid) -> Tensor[]",
+    " int seed, int grid) -> Tensor",
     _project_on_cpu,
     _project_on_cuda,
     _project_fake,

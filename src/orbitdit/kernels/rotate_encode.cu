@@ -180,17 +180,19 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     __syncthreads();
 
     float norm[TOKENS];
-    bool ordinary = true;
+    u32 unusual = 0;
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
       float sum = 0.f;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) sum += partial[t][w];
-      ordinary &= sum > 1e-24f && sum < 1e36f;
+      unusual |= (sum > 1e-24f && sum < 1e36f ? 0u : 1u) << t;
       norm[t] = sqrtf(sum);
     }
-    if (!ordinary)
-      for (int t = 0; t < TOKENS; ++t) norm[t] = careful_norm(reinterpret_cast<const u16*>(staged) + t, partial[0]);
+    if (unusual)
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t)
+        if (unusual >> t & 1) norm[t] = careful_norm(reinterpret_cast<const u16*>(staged) + t, partial[0]);
 
     float factor[TOKENS], rise[TOKENS];
     u32 scaled[TOKENS][4];

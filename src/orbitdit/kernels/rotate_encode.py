@@ -45,6 +45,8 @@ BEST_TILES = {
 """By width, where measurement on an H200 found something better."""
 MAX_DIM = 32752
 BINS = 4096
+ALIGNMENT = 16
+"""Bytes: the kernel reads tokens in vectors of so many."""
 
 
 def supported(dim: int) -> bool:
@@ -53,8 +55,10 @@ def supported(dim: int) -> bool:
 
 
 def rotate_encode(x: Tensor, bits: int, seed: int, grid: str, tile: Tile | None = None):
-    """Grid values (tokens, dim) and scales (tokens,) of contiguous bf16 or fp16 `x` (tokens, dim); see reference.py."""
+    """Grid values (tokens, dim) and scales (tokens,) of bf16 or fp16 `x` (tokens, dim); see reference.py."""
     tokens, dim = x.shape
+    if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
+        x = x.clone(memory_format=torch.contiguous_format)
     values = torch.empty(tokens, dim, dtype=torch.float8_e4m3fn if grid == "e4m3" else torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     if tokens:
