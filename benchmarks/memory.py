@@ -1,7 +1,7 @@
 """What layers occupy on a CPU, before and after a forward pass: resident memory of a process of its own each.
 
-`python -m benchmarks.memory --out FILE` appends a line for bf16 and for W4A4: 16 layers of 3072 to 3072, on 1,024 tokens.
-Freed memory is given back to the system before each reading, where the C library can.
+`python -m benchmarks.memory --out FILE` appends a line for bf16 and for W4A4: 16 layers of 3072 to 3072, on 1,024
+tokens. Freed memory is given back to the system before each reading, where the C library can.
 """
 
 import argparse

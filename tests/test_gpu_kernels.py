@@ -134,9 +134,9 @@ def test_decode_is_exact(rows, dim, bits, grid):
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("rows", [16, 208, 3072])
 def test_matmul(rows, dtype, bias, grid):
-    """Twice what rounding to the output's dtype loses; e4m3 products come rounded to bf16."""
+    """Twice what rounding to the output's dtype loses; e4m3 products come rounded to bf16, and accumulate fast."""
     bias = None if bias is None else random(rows).to(CUDA, bias)
-    for dim in (64, 3072):
+    for dim in (64, 3072, 12288):
         weight = ops.decode(*(t.to(CUDA) for t in packed(rows, dim, 4)), 4, dim, kernels.GRIDS[grid])
         for count in (0, 1, 16, 17, 31, 33, 63, 137, 199):
             values, scales = encode(tokens(count, dim, dtype).to(CUDA), 4, grid)
@@ -146,7 +146,7 @@ def test_matmul(rows, dtype, bias, grid):
                 continue
             exact = reference.matmul(values, scales, *weight, bias, torch.float32)
             rounded = exact.to(dtype if grid == "int8" else BF16)
-            assert relative(y, exact) <= 2 * relative(rounded, exact)
+            assert relative(y, exact) <= 2 * relative(rounded, exact) + (0.015 if grid == "e4m3" else 0)
             assert same(y, matmul_cuda.matmul(values, scales, *weight, bias, dtype))
 
 
