@@ -19,7 +19,7 @@ from benchmarks.measure import Limits, one_line, relative_error, summary
 from benchmarks.records import Recorder
 from orbitdit import OrbitQuantConfig, plan, quantize_
 
-STEP_SECONDS = 8.0
+STEP_SECONDS = 3.0
 """Time for the steps that are counted."""
 STEPS = (3, 20)
 """At least and at most so many of them."""
