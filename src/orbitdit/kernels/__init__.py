@@ -138,9 +138,7 @@ def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, s
     dim, name = x.shape[-1], _NAMES[grid]
     tokens = x if x.ndim == 2 else x.reshape(-1, dim)
     values, token_scales = rotate_encode_cuda.rotate_encode(tokens, activation_bits, _seed(seed), name)
-    kinds = {(w.dtype, b, None if o is None else o.dtype) for w, b, o in zip(weights, weight_bits, biases, strict=True)}
-    packed = weights[0].dtype == torch.uint8
-    if len(kinds) == 1 and packed and len(weights) <= decode_cuda.MEMBERS and _sixteen_bits(biases[0]):
+    if _decoded_alike(weights, biases, weight_bits):
         weight, scale, bias = decode_cuda.decode_all(weights, scales, biases, weight_bits[0], dim, name)
         y = matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype)
     else:
@@ -153,8 +151,15 @@ def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, s
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _sixteen_bits(bias):
-    return bias is None or bias.element_size() == 2
+def _decoded_alike(weights, biases, weight_bits):
+    """Whether one call of the kernel decodes all of these: packed codes of the same bits, and biases of one dtype."""
+    dtype = None if biases[0] is None else biases[0].dtype
+    if len(weights) > decode_cuda.MEMBERS or dtype not in (None, torch.bfloat16, torch.float16):
+        return len(weights) == 1 and weights[0].dtype == torch.uint8
+    for weight, bias, bits in zip(weights, biases, weight_bits, strict=True):
+        if weight.dtype != torch.uint8 or bits != weight_bits[0] or dtype != (None if bias is None else bias.dtype):
+            return False
+    return True
 
 
 def _int4_on_cuda(x, codes, scales, bias):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,26 +27,30 @@ def decode_all(
     codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None], bits: int, dim: int, grid: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`decode` of up to four weights, row after row, and their biases (16 bits) likewise, or None if they have none."""
-    members, device = len(codes), codes[0].device
-    ends = list(accumulate(len(c) for c in codes))
-    rows, chunks = ends[-1], ends[-1] * dim // CHUNK
+    device, first_bias = codes[0].device, biases[0]
+    ends, rows = [], 0
+    for packed in codes:
+        rows += packed.shape[0]
+        ends.append(rows)
     values = torch.empty(rows, dim, dtype=DTYPES[grid], device=device)
     row_scales = torch.empty(rows, dtype=torch.float32, device=device)
-    bias = biases[0]
-    collect = members > 1 and bias is not None
-    if collect:
-        bias = torch.empty(rows, dtype=bias.dtype, device=device)  # type: ignore[union-attr]
-    if chunks:
-        built, table, scale = _kernel(bits, dim, grid, members, collect, device.index)
-        pointers = [
-            pointer
-            for tensors in (codes, scales, biases if collect else ())
-            for pointer in (*(t.data_ptr() for t in tensors), *(0,) * (MEMBERS - len(tensors)))  # type: ignore[union-attr]
-        ]
+    bias = first_bias
+    if first_bias is not None and len(codes) > 1:
+        bias = torch.empty(rows, dtype=first_bias.dtype, device=device)
+    if rows:
+        collect = bias is not first_bias
+        built, table, scale = _kernel(bits, dim, grid, len(codes), collect, device.index)
+        pointers: list[int] = []
+        for tensors in (codes, scales, biases if collect else ()):
+            pointers += [t.data_ptr() for t in tensors]  # type: ignore[union-attr]
+            pointers += [0] * (MEMBERS - len(tensors))
+        bounds: list[int] = []
+        for member in range(MEMBERS - 1):
+            end = ends[member] if member < len(ends) else rows
+            bounds += [end * dim // CHUNK, end]
+        chunks = rows * dim // CHUNK
         outputs = table, values.data_ptr(), row_scales.data_ptr(), bias.data_ptr() if collect else 0  # type: ignore[union-attr]
-        bounds = [bound for end in (*ends, *(rows,) * MEMBERS)[: MEMBERS - 1] for bound in (end * dim // CHUNK, end)]
-        blocks = -(-chunks // (THREADS * UNROLL))
-        built.launch(blocks, THREADS, 0, *pointers, *outputs, *bounds, chunks, rows, scale)
+        built.launch(-(-chunks // (THREADS * UNROLL)), THREADS, 0, *pointers, *outputs, *bounds, chunks, rows, scale)
     return values, row_scales, bias
 
 

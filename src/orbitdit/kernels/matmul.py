@@ -22,7 +22,7 @@ def matmul(
     values: Tensor, token_scales: Tensor, weight: Tensor, row_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """See reference.py; `dtype` is bf16 or fp16."""
-    tokens, rows = len(values), len(weight)
+    tokens, rows = values.shape[0], weight.shape[0]
     if not tokens:
         return values.new_empty((0, rows), dtype=dtype)
     if values.dtype == torch.int8:

@@ -62,8 +62,7 @@ def rotate_encode(x: Tensor, bits: int, seed: int, grid: str, tile: Tile | None 
     values = torch.empty(tokens, dim, dtype=torch.float8_e4m3fn if grid == "e4m3" else torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     if tokens:
-        half = x.dtype == torch.float16
-        _launcher(dim, bits, seed, grid, half, tile or tile_of(dim), x.device.index)(x, values, scales)
+        _launcher(dim, bits, seed, grid, x.dtype == torch.float16, tile, x.device.index)(x, values, scales)
     return values, scales
 
 
@@ -73,8 +72,9 @@ def tile_of(dim: int) -> Tile:
 
 
 @cache
-def _launcher(dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile, device: int):
-    """A function that launches the kernel for one width and codebook."""
+def _launcher(dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile | None, device: int):
+    """A function that launches the kernel for one width and codebook; None is the best tile."""
+    tile = tile or tile_of(dim)
     bins, slope, scale = bin_table(dim, bits, grid)
     defines = compile_options(dim, bits, half, tile)
     built = kernel("rotate_encode.cu", "rotate_encode", tuple(defines.items()), "PPPPPifff", device)
@@ -85,7 +85,7 @@ def _launcher(dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile,
     to_unit, slope = scaling(dim, slope, tile)
 
     def launch(x: Tensor, values: Tensor, scales: Tensor) -> None:
-        tokens = len(x)
+        tokens = x.shape[0]
         groups = -(-tokens // tile.tokens)
         rounds = -(-groups // resident)
         blocks = -(-groups // rounds)  # all blocks are done at the same time
