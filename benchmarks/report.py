@@ -79,7 +79,9 @@ def share(row: Row) -> str:
 
 
 def achieved(row: Row) -> str:
-    return f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['tbps']:.2f} TB/s"
+    if "tflops" in row:
+        return f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] >= 10 else f"{row['tflops']:.2f} TFLOP/s"
+    return f"{row['tbps']:.2f} TB/s"
 
 
 def failure(row: Row) -> str:
@@ -169,9 +171,7 @@ def measured_with(rows: list[Row]) -> str:
     parts.append(f"commit {', '.join(distinct(r['commit'] for r in rows))}")
     parts.append(f"measured {', '.join(distinct(r['date'] for r in rows))}")
     low, high = (pick(r["copy_tbps"] for r in rows) for pick in (min, max))
-    parts.append(
-        f"a copy of 1 GiB moved {low:.2f} TB/s" if low == high else f"copies moved {low:.2f} to {high:.2f} TB/s"
-    )
+    parts.append(f"a large copy moved {low:.2f} TB/s" if low == high else f"copies moved {low:.2f} to {high:.2f} TB/s")
     return "; ".join(part for part in parts if not part.endswith(" ")) + "."
 
 
@@ -200,7 +200,7 @@ def page(rows: list[Row]) -> str:
         for gpu, rates in PEAKS.items()
     )
     parts = [HEAD.format(peaks=peaks).strip()]
-    for gpu in distinct(r["gpu"] for r in rows):
+    for gpu in sorted(distinct(r["gpu"] for r in rows), key=lambda name: name.startswith("CPU")):
         parts.append(f"## {gpu}")
         for suite in TITLES:
             chosen = [r for r in rows if r["gpu"] == gpu and r["suite"] == suite]

@@ -133,8 +133,8 @@ def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, se
 
 
 def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
-    """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued; torch's
-    allocator hands the memory to the next layer."""
+    """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued;
+    torch's allocator hands the memory to the next layer."""
     dim, name = x.shape[-1], _NAMES[grid]
     tokens = x if x.ndim == 2 else x.reshape(-1, dim)
     values, token_scales = rotate_encode_cuda.rotate_encode(tokens, activation_bits, _seed(seed), name)

@@ -172,10 +172,10 @@ def bin_table(dim: int, bits: int, grid: str) -> tuple[np.ndarray, float, float]
     """The kernel's table as bytes, the slope of bins over coordinates of unit variance, and the codebook's scale.
 
     Up to 4 bits the table is 32 words: coordinate z lies at z * slope + 0.5 of the row of bins, and a word holds a
-    boundary's place in its bin above 16 bits, then the grid byte above the boundary, then the one below. For more it is
-    BINS grid bytes: bin k is what z * slope + 0.5, times BINS - 1, rounds to. Of many slopes that cover the codebook that
-    one is chosen which loses least by taking the middle of a bin for all of it: it has the least sum over the boundaries
-    of density times distance to the nearest edge.
+    boundary's place in its bin above 16 bits, then the grid byte above the boundary, then the one below. For more it
+    is BINS grid bytes: bin k is what z * slope + 0.5, times BINS - 1, rounds to. Of many slopes that cover the codebook
+    that one is chosen which loses least by taking the middle of a bin for all of it: it has the least sum over the
+    boundaries of density times distance to the nearest edge.
     """
     codebook = on_grid(dim, bits, grid, True)
     boundaries = codebook.boundaries.numpy() * dim**0.5
