@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
@@ -329,3 +330,16 @@ def test_resident_exact_layers_keep_nothing():
     model = quantized("wan", "exact")
     set_grid_(model, "exact", resident=True)
     assert all(layer.resident_values is None for layer in orbit_layers(model))
+
+
+def test_layers_that_are_offloaded_one_by_one_compute_for_themselves():
+    """Their weights come when they are called: what lies on the device before may still be on its way."""
+    family, model = FAMILIES["flux"], quantized("flux")
+    expected, number = counted(lambda: family.run(model))
+    for layer in orbit_layers(model):
+        if layer.shared_input is not None and layer.shared_place == 0:
+            add_hook_to_module(layer, ModelHook())
+    output, alone = counted(lambda: family.run(model))
+    assert torch.equal(output, expected)
+    assert number < alone <= ENCODINGS["flux"][0]
+    assert nothing_is_held(model)

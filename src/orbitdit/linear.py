@@ -49,7 +49,7 @@ class SharedInput:
         held, version = self.held, _version(x)
         if held is None or held[0] is not x or held[1:3] != (version, grid) or held[3][place] is None:
             for member in self.members:
-                if member.codes.device != x.device:  # offloaded until it is called
+                if member.codes.device != x.device or _is_hooked(member):  # its weight is there when it is called
                     return _project(self.members[place : place + 1], x, grid)[0]
             held = (x, version, grid, list(_project(self.members, x, grid)))
             self.held, self.left = held, len(self.members)
@@ -76,6 +76,11 @@ def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
         shared = SharedInput(tuple(members)) if len(members) > 1 else None
         for place, layer in enumerate(members):
             layer.shared_input, layer.shared_place = shared, place
+
+
+def _is_hooked(layer: "OrbitLinear") -> bool:
+    """Whether accelerate or diffusers moves the weight of this very layer, perhaps still while another one runs."""
+    return hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")
 
 
 def _version(x: Tensor) -> int:

@@ -433,6 +433,7 @@ inline T load_aligned(const void* p) {
 inline float index_base(const void*) { return 0; }
 inline u32 look_up(const void* table, float index) { return static_cast<const u8*>(table)[__float_as_uint(index)]; }
 inline u32 shift_if_greater(u32 word, u32 key) { return key > word ? word >> 8 : word; }
+inline u32 join(u32 a, u32 b, u32 c, u32 d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }
 inline u32 xor_and(u32 a, u32 b, u32 c) { return a ^ (b & c); }
 inline uint4 load_streaming(const void* p) { return load_aligned<uint4>(p); }
 inline uint2 load_streaming8(const void* p) { return load_aligned<uint2>(p); }

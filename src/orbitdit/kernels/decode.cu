@@ -1,27 +1,27 @@
-// Packed codes to grid bytes, for up to four weights of one width at a time, whose rows are written one after the other.
-// The layout has no gaps where a row is a multiple of 16 codes, so a weight's codes are one stream: a thread turns
-// 2 * BITS bytes into 16 and looks each up in a table in shared memory (64 entries and fewer never meet in a bank). UNROLL
-// chunks a thread keep enough loads in flight. The kernel also scales the rows, and collects biases.
+// Packed codes to grid bytes, for up to four weights of one width at a time, whose rows are written one after the
+// other. The layout has no gaps where a row is a multiple of 16 codes, so a weight's codes are one stream: a thread
+// turns 2 * BITS bytes into 16 and looks each up in a table in shared memory (64 entries and fewer never meet in a
+// bank). UNROLL chunks a thread keep enough loads in flight. The kernel also scales the rows, and collects biases.
 //
 // Compile-time: BITS (2, 3, 4, 6, 8), MEMBERS (1 to 4), BIAS (0 or 1), THREADS, UNROLL.
 
 #define ENTRIES (1 << BITS)
 
-// codes (chunks * 2 * BITS,), scales (rows,) bf16 and bias (rows,) of 16 bits for each weight; table (ENTRIES,);
-// out (chunks * 16,), row_scales (rows,) and biases (rows,) for all. chunk0, row0: where the first weight ends, and so on
+// codes (chunks * 2 * BITS,), scales (rows,) bf16 and bias (rows,) of 16 bits for each weight; table (ENTRIES,); out
+// (chunks * 16,), row_scales (rows,) and biases (rows,) for all. chunk0, row0: where the first weight ends, and so on
 KERNEL void __launch_bounds__(THREADS)
-    decode(const u8* codes0, const u8* codes1, const u8* codes2, const u8* codes3, const u16* scales0, const u16* scales1,
-           const u16* scales2, const u16* scales3, const u16* bias0, const u16* bias1, const u16* bias2,
-           const u16* bias3, const u8* __restrict__ table, u8* __restrict__ out, float* __restrict__ row_scales,
-           u16* __restrict__ biases, int chunk0, int row0, int chunk1, int row1, int chunk2, int row2, int chunks,
-           int rows, float scale) {
+    decode(const u8* codes0, const u8* codes1, const u8* codes2, const u8* codes3, const u16* scales0,
+           const u16* scales1, const u16* scales2, const u16* scales3, const u16* bias0, const u16* bias1,
+           const u16* bias2, const u16* bias3, const u8* __restrict__ table, u8* __restrict__ out,
+           float* __restrict__ row_scales, u16* __restrict__ biases, int chunk0, int row0, int chunk1, int row1,
+           int chunk2, int row2, int chunks, int rows, float scale) {
   __shared__ u8 entries[ENTRIES];
   for (int i = threadIdx.x; i < ENTRIES; i += THREADS) entries[i] = table[i];
   for (int row = blockIdx.x * THREADS + threadIdx.x; row < rows; row += gridDim.x * THREADS) {
     const int member = MEMBERS == 1 ? 0 : (row >= row0) + (row >= row1) + (row >= row2);
     const int within = member == 0 ? row : row - (member == 1 ? row0 : member == 2 ? row1 : row2);
-    row_scales[row] =
-        bf16_to_float((member == 0 ? scales0 : member == 1 ? scales1 : member == 2 ? scales2 : scales3)[within]) * scale;
+    const u16* const from = member == 0 ? scales0 : member == 1 ? scales1 : member == 2 ? scales2 : scales3;
+    row_scales[row] = bf16_to_float(from[within]) * scale;
     if (BIAS) biases[row] = (member == 0 ? bias0 : member == 1 ? bias1 : member == 2 ? bias2 : bias3)[within];
   }
   const int first = blockIdx.x * THREADS * UNROLL + threadIdx.x;
@@ -73,8 +73,9 @@ KERNEL void __launch_bounds__(THREADS)
         if (shift + BITS > 32) code |= words[u][(word + 1) & 3] << (32 - shift);
         value[i] = entries[code & (ENTRIES - 1)];
       }
-      result[w] = __byte_perm(__byte_perm(value[0], value[1], 0x0040), __byte_perm(value[2], value[3], 0x0040), 0x5410);
+      result[w] = join(value[0], value[1], value[2], value[3]);
     }
-    *reinterpret_cast<uint4*>(out + static_cast<i64>(chunk) * 16) = make_uint4(result[0], result[1], result[2], result[3]);
+    *reinterpret_cast<uint4*>(out + static_cast<i64>(chunk) * 16) =
+        make_uint4(result[0], result[1], result[2], result[3]);
   }
 }

@@ -161,10 +161,14 @@ def _driver() -> ctypes.CDLL:
 
 
 def _library(name: str) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(name)
-    except OSError as error:
-        raise DependencyError(f"{name} is missing ({error}): reinstall torch with CUDA") from error
+    """A shared library by name, or from the packages that torch's wheels bring along."""
+    places = [name, *sorted(Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{name}"))]
+    for place in places:
+        try:
+            return ctypes.CDLL(str(place))
+        except OSError as error:
+            problem = error
+    raise DependencyError(f"{name} is missing ({problem}): reinstall torch with CUDA")
 
 
 def _check(status: int) -> None:

@@ -101,8 +101,8 @@ __device__ inline float bf16_to_float(u16 h) { return __uint_as_float(static_cas
 // a * b + c, then clamped to [0, 1]; NaN gives 0.
 __device__ inline float fma_sat(float a, float b, float c) { return __saturatef(__fmaf_rn(a, b, c)); }
 
-// Look-ups in shared memory whose index is computed in floating point: as a multiple of 2^-149 a small integer is its own
-// bits. `index_base` is where a table begins, as such a float, and `look_up` reads the byte at base + n.
+// Look-ups in shared memory whose index is computed in floating point: as a multiple of 2^-149 a small integer is its
+// own bits. `index_base` is where a table begins, as such a float, and `look_up` reads the byte at base + n.
 __device__ inline float index_base(const void* table) {
   return __uint_as_float(static_cast<u32>(__cvta_generic_to_shared(table)));
 }
@@ -117,6 +117,11 @@ __device__ inline u32 look_up(const void* table, float index) {
 __device__ inline u32 shift_if_greater(u32 word, u32 key) {
   asm("{ .reg .pred p; setp.gt.u32 p, %1, %0; @p shr.u32 %0, %0, 8; }" : "+r"(word) : "r"(key));
   return word;
+}
+
+// The lowest bytes of four words as one word.
+__device__ inline u32 join(u32 a, u32 b, u32 c, u32 d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
 // a ^ (b & c) in one instruction.

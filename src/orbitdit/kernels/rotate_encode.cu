@@ -1,27 +1,29 @@
 // Tokens to codes on the number grid: norm, permutation, signs, block-Hadamard and nearest centroid in one pass.
 //
-// A block of threads takes TOKENS tokens at a time. It reads each once, 16 bytes a thread, takes the norms on the way (the
-// diagonal of X X^T, on the tensor cores), and lays the tokens into shared memory channel by channel, so that one read of
-// the gather serves all of them. The rest stays in registers: a warp gathers 256 coordinates as a 16 x 16 matrix in the
-// layout of a B operand and multiplies it with H_16 from the left; the product has the layout of an A operand, is rounded
-// to fp16 once, and is multiplied with H_16 from the right. That is H_256, since H_256 = H_16 (x) H_16 for any assignment
-// of index bits to rows and columns. Larger Hadamard matrices add FACTOR1 (left) and FACTOR2 (right) such tiles with the
-// signs of H_FACTOR1 and H_FACTOR2 (with SPLIT, FACTOR2 warps share that work through shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the
-// identity on the others.
+// A block of threads takes TOKENS tokens at a time. It reads each once, 16 bytes a thread, takes the norms on the way
+// (the diagonal of X X^T, on the tensor cores), and lays the tokens into shared memory channel by channel, so that one
+// read of the gather serves all of them. The rest stays in registers: a warp gathers 256 coordinates as a 16 x 16
+// matrix in the layout of a B operand and multiplies it with H_16 from the left; the product has the layout of an A
+// operand, is rounded to fp16 once, and is multiplied with H_16 from the right. That is H_256, since H_256 = H_16 (x)
+// H_16 for any assignment of index bits to rows and columns. Larger Hadamard matrices add FACTOR1 (left) and FACTOR2
+// (right) such tiles with the signs of H_FACTOR1 and H_FACTOR2 (with SPLIT, FACTOR2 warps share that work through
+// shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the identity on the
+// others.
 //
 // Bits of a coordinate's index in its tile, low to high: c0 c3 r3 c1 c2 r0 r1 r2 (r: row, c: column), which gives each
 // lane 8 consecutive coordinates in the end, and `lane * 8` is where they start.
 //
-// The power of two in 1 / norm rides on the left H_16, which keeps the rounding to fp16 in range for nothing; the rest of
-// 1 / norm, and what the Hadamard factors leave out, is in the slope of the bins.
+// The power of two in 1 / norm rides on the left H_16, which keeps the rounding to fp16 in range for nothing; the rest
+// of 1 / norm, and what the Hadamard factors leave out, is in the slope of the bins.
 //
 // A code is looked up. Up to 4 bits, 32 equal bins hold at most one boundary each; lane k holds the entry of bin k (the
-// boundary's place in the bin above 16 bits, then the grid byte above it, then the one below), and a shuffle is the table,
-// without bank conflicts. For more bits, BINS bins in shared memory hold the grid byte of their middle; their width was
-// chosen so that boundaries lie close to edges of bins.
+// boundary's place in the bin above 16 bits, then the grid byte above it, then the one below), and a shuffle is the
+// table, without bank conflicts. For more bits, BINS bins in shared memory hold the grid byte of their middle; their
+// width was chosen so that boundaries lie close to edges of bins.
 //
-// Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS,
-// SPLIT (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), HALF (fp16, else bf16), MIN_BLOCKS (a processor, for the compiler's choice of registers).
+// Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS, SPLIT
+// (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), HALF (fp16, else bf16), MIN_BLOCKS (a processor, for the
+// compiler's choice of registers).
 
 #define TILES (FACTOR1 * FACTOR2)
 #define THREADS (WARPS * 32)
@@ -112,9 +114,9 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 #endif
 }
 
-// x (tokens, DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table: 32 words or
-// BINS bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2 bytes and,
-// with SPLIT, 512 for each token and tile that a block has in hand.
+// x (tokens, DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table: 32
+// words or BINS bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2
+// bytes and, with SPLIT, 512 for each token and tile that a block has in hand.
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
                   u8* __restrict__ out, float* __restrict__ scales, int tokens, float to_unit, float slope,
@@ -131,7 +133,8 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
   // the shuffle tells the compiler that all lanes agree on it
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), g = lane >> 2, q = lane & 3;
 
-  if (threadIdx.x < TOKENS * 8) reinterpret_cast<u16*>(staged)[TOKENS * DIM + threadIdx.x] = 0;  // coordinates past the end
+  // what coordinates past the end read
+  if (threadIdx.x < TOKENS * 8) reinterpret_cast<u16*>(staged)[TOKENS * DIM + threadIdx.x] = 0;
 
   u32 left[4], right[2][2][2];  // right: [negated]
 #pragma unroll
@@ -202,10 +205,12 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
       factor[t] = to_unit / (norm[t] + 1e-10f);
       const u32 bits = __float_as_uint(factor[t]);
       rise[t] = HALF ? slope : slope * __uint_as_float((bits & 0x7fffffu) | 0x3f800000u);
+      const u32 exponents = (bits >> 23) * 0x00800080u;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        scaled[t][i] = HALF ? left[i]
-                            : (left[i] & 0x80008000u) | ((bits >> 23) * 0x00800080u & (left[i] >> 7 & 0x00010001u) * 0x7f80u);
+      for (int i = 0; i < 4; ++i) {
+        const u32 filled = (left[i] >> 7 & 0x00010001u) * 0x7f80u;  // exponents of entries that are not zero
+        scaled[t][i] = HALF ? left[i] : (left[i] & 0x80008000u) | (exponents & filled);
+      }
     }
 
     // The left product of one row of tiles (f2) of a unit, as A operands of the right one.
@@ -285,8 +290,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
       const int index = (unit * TILES + o2 * FACTOR1 + o1) * 256 + lane * 8;
       if (first + t < tokens && (DIM % 256 == 0 || index < DIM))
         *reinterpret_cast<uint2*>(out + static_cast<i64>(first + t) * DIM + index) =
-            make_uint2(__byte_perm(__byte_perm(byte[0], byte[1], 0x0040), __byte_perm(byte[2], byte[3], 0x0040), 0x5410),
-                       __byte_perm(__byte_perm(byte[4], byte[5], 0x0040), __byte_perm(byte[6], byte[7], 0x0040), 0x5410));
+            make_uint2(join(byte[0], byte[1], byte[2], byte[3]), join(byte[4], byte[5], byte[6], byte[7]));
     };
 
 #pragma unroll 1
