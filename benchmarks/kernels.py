@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import INPUTS, Candidate, Case, error_bound, relative_error
-from orbitdit.codebook import codebook_on, look_up
-from orbitdit.kernels import E4M3, INT8
+from orbitdit.codebook import GRID_DTYPES, codebook_on, look_up
+from orbitdit.kernels import GRIDS
 from orbitdit.packing import unpack
 from orbitdit.quantize import quantize_weight
 from orbitdit.rotation import rotation
@@ -37,14 +37,12 @@ DECODE_BOUND = 0.08
 """How far, relatively, the points of a number grid may be from the centroids that they stand for."""
 
 
-DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
-GRIDS = {"e4m3": E4M3, "int8": INT8}
-PROVIDERS = ("copy", *DTYPES)
+PROVIDERS = ("copy", *GRID_DTYPES)
 
 
 def values_of(values: Tensor, scales: Tensor, grid: str) -> Tensor:
     """What grid bytes and their row scales stand for, in fp32."""
-    return values.view(DTYPES[grid]).float() * scales.float().reshape(-1, 1)
+    return values.view(GRID_DTYPES[grid]).float() * scales.float().reshape(-1, 1)
 
 
 def copy_of(size: int, device: str) -> Callable[[], Candidate]:
@@ -74,7 +72,7 @@ class Encode:
     def open(self) -> Mapping[str, Callable[[], Candidate]]:
         shape = (self.tokens, self.width)
         inputs = [torch.randn(shape, device=self.device, dtype=torch.bfloat16) for _ in range(INPUTS)]
-        makers = {grid: lambda grid=grid: self.candidate(inputs, grid) for grid in DTYPES}
+        makers = {grid: lambda grid=grid: self.candidate(inputs, grid) for grid in GRID_DTYPES}
         return {"copy": copy_of(self.bytes, self.device), **makers}
 
     @property
@@ -111,7 +109,7 @@ class Decode:
         codes, scales = quantize_weight(weight, self.bits)
         size = codes.nbytes + self.rows * self.width
         copies = [codes.clone() for _ in range(INPUTS)]
-        makers = {grid: lambda grid=grid: self.candidate(copies, scales, grid, size) for grid in DTYPES}
+        makers = {grid: lambda grid=grid: self.candidate(copies, scales, grid, size) for grid in GRID_DTYPES}
         return {"copy": copy_of(size, self.device), **makers}
 
     def candidate(self, codes: list[Tensor], scales: Tensor, grid: str, size: int) -> Candidate:

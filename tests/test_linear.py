@@ -382,8 +382,17 @@ def test_tables_made_inside_a_mode_serve_everybody_afterwards():
         assert build(448)(torch.ones(2, 448, device="cpu")).device.type == "cpu"
 
 
-def test_autocast_changes_nothing():
-    layer, x = OrbitLinear.from_linear(nn.Linear(256, 8), 4, 4), torch.randn(20, 256)
-    expected = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), expected)
+@pytest.mark.parametrize("autocast", NARROW)
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+@pytest.mark.parametrize("grid", ["int8", "e4m3", "exact"])
+def test_autocast_changes_nothing(grid, dtype, autocast):
+    layer, int4 = OrbitLinear.from_linear(nn.Linear(256, 16), 4, 4), Int4Linear.from_linear(nn.Linear(256, 16))
+    layer.set_grid(kernels.GRIDS[grid], False)
+    x = torch.randn(20, 256).to(dtype)
+    with torch.no_grad():
+        expected = layer(x), int4(x)
+        with torch.autocast("cpu", autocast):
+            found = layer(x), int4(x)
+    for ours, other in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        assert torch.equal(ours, other)

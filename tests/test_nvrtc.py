@@ -1,4 +1,4 @@
-"""What can be tested of the launcher without a GPU: where libraries are sought, and what is said if they are missing."""
+"""What can be tested of the launcher without a GPU: where libraries are sought, and what is said if one is missing."""
 
 from pathlib import Path
 

@@ -16,8 +16,14 @@ from families import FAMILIES
 from orbitdit import ConfigError, OrbitLinear, OrbitQuantConfig, kernels, plan, quantize_
 from orbitdit.kernels import E4M3, EXACT, INT8
 from orbitdit.linear import share_inputs
-from orbitdit.model import packed_layers, set_grid_
-from orbitdit.policy import SHARED_INPUTS
+from orbitdit.model import (
+    empty_layer,
+    linear_named,
+    packed_layers,
+    replace_module,
+    set_grid_,
+    share_model_inputs,
+)
 
 ENCODINGS = {"flux": (34, 20), "z-image": (28, 16), "wan": (20, 14), "cogvideox": (12, 8)}
 """Quantized layers of the tiny models, and encodings that one forward pass needs: counted by hand."""
@@ -100,17 +106,15 @@ def test_exact_layers_encode_for_themselves(name):
 def test_encodings_of_the_published_models(cls, config, layers, encodings):
     with init_empty_weights(include_buffers=True):
         model = cls(**config)
-    names = [row.name for row in plan(model, OrbitQuantConfig("w4a4")).select("quantize")]
-    groups = {
-        (row.removesuffix(part), group)
-        for row in names
-        for group in SHARED_INPUTS[cls.__name__]
-        for part in group
-        if row.endswith(f".{part}")
-    }
-    members = [{block + part for part in group} & set(names) for block, group in groups]
-    assert len(names) == layers
-    assert len(names) - sum(map(len, members)) + len(members) == encodings
+    rows = plan(model, OrbitQuantConfig("w4a4")).select("quantize")
+    for row in rows:
+        replace_module(model, row.name, empty_layer(linear_named(model, row.name), row, 0))
+    share_model_inputs(model)
+    assert len(rows) == layers
+    packed = orbit_layers(model)
+    assert len({id(layer if layer.shared_input is None else layer.shared_input) for layer in packed}) == encodings
+    for layer in packed:
+        assert layer.shared_input is None or layer.shared_input.members[layer.shared_place] is layer
 
 
 @every_family
@@ -343,3 +347,38 @@ def test_layers_that_are_offloaded_one_by_one_compute_for_themselves():
     assert torch.equal(output, expected)
     assert number < alone <= ENCODINGS["flux"][0]
     assert nothing_is_held(model)
+
+
+@torch.no_grad()
+def test_a_shallow_copy_uses_its_own_codes():
+    layers = [OrbitLinear.from_linear(nn.Linear(64, 32), 4, 4).eval() for _ in range(2)]
+    share_inputs(layers)
+    copied, x = copy.copy(layers[0]), torch.randn(5, 64).bfloat16()
+    copied._parameters = dict(copied._parameters, codes=layers[1].codes, scales=layers[1].scales, bias=layers[1].bias)
+    for layer in (*layers, copied):
+        layer.set_grid(INT8, False)
+    assert torch.equal(copied(x), layers[1](x))
+
+
+@torch.no_grad()
+def test_what_is_held_is_not_copied_or_saved():
+    layers = [OrbitLinear.from_linear(nn.Linear(64, 32), 4, 4).eval() for _ in range(2)]
+    share_inputs(layers)
+    for layer in layers:
+        layer.set_grid(INT8, False)
+    x = torch.randn(5, 64).bfloat16()
+    first = layers[0](x)
+    assert layers[0].shared_input.held is not None
+    twins = copy.deepcopy(nn.ModuleList(layers))
+    assert twins[0].shared_input is twins[1].shared_input is not layers[0].shared_input
+    assert twins[0].shared_input.held is None
+    assert torch.equal(twins[0](x), first)
+
+
+@every_family
+def test_models_that_are_loaded_share_too(name, tmp_path):
+    family = FAMILIES[name]
+    family.build().to(BF16).save_pretrained(tmp_path)
+    config = OrbitQuantConfig("w4a4")
+    model = set_grid_(family.cls.from_pretrained(tmp_path, quantization_config=config, dtype=BF16), "int8")
+    assert counted(lambda: family.run(model))[1] == ENCODINGS[name][1]

@@ -60,6 +60,10 @@ def nearest(x: Tensor, boundaries: Tensor) -> Tensor:
     return torch.bucketize(x, boundaries, out_int32=True).to(torch.uint8)
 
 
+GRID_DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+"""The number grids that tensor cores multiply, by name."""
+
+
 class GridCodebook(NamedTuple):
     """A codebook whose centroids are `scale` * `values`: `values` (2^b,) ascending, exact in e4m3 or int8, and
     `boundaries` (2^b - 1,), both fp64 on the CPU."""
@@ -96,6 +100,11 @@ def on_grid(dim: int, bits: int, grid: str, refit: bool) -> GridCodebook:
         if error < best[0]:
             best = (error, GridCodebook(torch.from_numpy(values), scale, torch.from_numpy(boundaries)))
     return best[1]
+
+
+def grid_bytes(values: Tensor, grid: str) -> np.ndarray:
+    """`values` of a grid as its bytes, uint8."""
+    return values.float().to(GRID_DTYPES[grid]).view(torch.uint8).numpy()
 
 
 def _fit_to_grid(mass: np.ndarray, mean: np.ndarray, scale: float, grid: str) -> tuple[np.ndarray, float]:

@@ -36,30 +36,37 @@ class SharedInput:
     """Layers that take the same tensor: the first of them that is called computes the outputs of all.
 
     So the tensor is encoded once, and one op does the work of many. A member that is given the very tensor that the
-    outputs are of, not written to since, takes its output; for any other tensor all is computed anew, so that nothing
-    depends on the members being called together. What is held goes with the last member.
+    outputs are of takes its output; for any other tensor all is computed anew, so that nothing depends on the members
+    being called together. What was written to the tensor in between counts as another one, except in inference mode
+    and in compiled code, where torch does not tell. What is held goes with the last member.
     """
 
     def __init__(self, members: tuple["OrbitLinear", ...]):
-        self.members, self.left = members, 0
+        self.members = members
         self.held: tuple[Tensor, int, int, list[Tensor | None]] | None = None
 
     def output(self, place: int, x: Tensor, grid: int) -> Tensor:
         """The output of member number `place` for `x` (..., dim)."""
-        held, version = self.held, _version(x)
-        if held is None or held[0] is not x or held[1:3] != (version, grid) or held[3][place] is None:
+        held, version, output = self.held, _version(x), None
+        if held is not None and held[0] is x and held[1] == version and held[2] == grid:
+            output = held[3][place]
+        if held is None or output is None:
             for member in self.members:
                 if member.codes.device != x.device or _is_hooked(member):  # its weight is there when it is called
                     return _project(self.members[place : place + 1], x, grid)[0]
             held = (x, version, grid, list(_project(self.members, x, grid)))
-            self.held, self.left = held, len(self.members)
-        self.left -= 1
-        if self.left == 0:
-            self.held = None
-        output = held[3][place]
+            self.held, output = held, held[3][place]
         held[3][place] = None  # the caller's own, to write to
+        for left in held[3]:
+            if left is not None:
+                break
+        else:
+            self.held = None
         assert output is not None
         return output
+
+    def __getstate__(self) -> dict:
+        return {"members": self.members, "held": None}
 
 
 def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
@@ -201,8 +208,9 @@ class OrbitLinear(_PackedLinear):
             tokens = x.reshape(-1, shape[0])
             y = ops.exact_linear(tokens, self.codes, self.scales, self.bias, *bits, kernels.signed(self.seed))
             return y.view(*x.shape[:-1], shape[1])
-        if self.shared_input is not None:
-            return self.shared_input.output(self.shared_place, x, grid)
+        shared = self.shared_input
+        if shared is not None and shared.members[self.shared_place] is self:  # else this is a shallow copy
+            return shared.output(self.shared_place, x, grid)
         return _project((self,), x, grid)[0]
 
     def operands(self, grid: int) -> tuple[Tensor, Tensor]:

@@ -370,19 +370,13 @@ inline u32 __funnelshift_l(u32 low, u32 high, u32 by) {
   return static_cast<u32>((static_cast<u64>(high) << 32 | low) << (by & 31) >> 32);
 }
 
-inline u32 byte_perm_signed(u32 x, u32 y, u32 selector) {
-  u64 source = static_cast<u64>(y) << 32 | x;
+// nvcc clears the fourth bit of each selector, which would ask for a byte's sign.
+inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
+  const u64 source = static_cast<u64>(y) << 32 | x;
   u32 r = 0;
-  for (int i = 0; i < 4; i++) {
-    u32 choice = selector >> 4 * i & 15, byte = source >> 8 * (choice & 7) & 255;
-    if (choice & 8) byte = byte & 128 ? 255 : 0;
-    r |= byte << 8 * i;
-  }
+  for (int i = 0; i < 4; i++) r |= static_cast<u32>(source >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return r;
 }
-
-// nvcc clears the fourth bit of each selector before `prmt`.
-inline u32 __byte_perm(u32 x, u32 y, u32 selector) { return byte_perm_signed(x, y, selector & 0x7777); }
 
 template <class T>
 inline T __ldg(const T* p) { return *p; }
@@ -407,14 +401,6 @@ inline float f16_to_float(u16 h) {
   u32 sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
   if (rest >= 0x0f800000) return __uint_as_float(sign | rest | 0x7f800000);
   return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest) * 0x1p112f));
-}
-
-inline float e4m3_to_float(u8 b) {
-  int exponent = b >> 3 & 15, fraction = b & 7;
-  float size = exponent == 15 && fraction == 7 ? NAN
-               : exponent                      ? ldexpf(8 + fraction, exponent - 10)
-                                               : ldexpf(fraction, -9);
-  return b & 128 ? -size : size;
 }
 
 inline u32 pack_f16(float low, float high) { return static_cast<u32>(float_to_f16(high)) << 16 | float_to_f16(low); }
@@ -495,20 +481,6 @@ struct F16 {
   static Sum value(u32 b) { return f16_to_float(b); }
 };
 
-struct E4m3 {
-  static constexpr int WIDTH = 8;
-  using Sum = double;
-  using C = float;
-  static Sum value(u32 b) { return e4m3_to_float(b); }
-};
-
-struct S8 {
-  static constexpr int WIDTH = 8;
-  using Sum = int;
-  using C = int;
-  static Sum value(u32 b) { return static_cast<signed char>(b); }
-};
-
 template <class Kind>
 __attribute__((optimize("O3"))) void multiply(void** brought) {
   using Sum = typename Kind::Sum;
@@ -572,8 +544,6 @@ inline int __all_sync(u32 mask, int predicate) { return __ballot_sync(mask, pred
   }
 EMULATED_MMA(mma_bf16, Bf16, float)
 EMULATED_MMA(mma_f16, F16, float)
-EMULATED_MMA(mma_e4m3, E4m3, float)
-EMULATED_MMA(mma_s8, S8, int)
 
 #define EMULATED_VARIANTS(kind)                                                             \
   inline void mma_##kind##_first(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {     \

@@ -18,6 +18,8 @@ from functools import cache
 
 import torch
 
+from orbitdit.codebook import GRID_DTYPES
+from orbitdit.errors import TensorError
 from orbitdit.kernels import cpu, reference
 from orbitdit.kernels import decode as decode_cuda
 from orbitdit.kernels import int4_linear as int4_cuda
@@ -91,15 +93,25 @@ def _define(schema: str, cpu_function, cuda_function, fake, any_function=None) -
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     if any_function is not None:
-        _LIBRARY.impl(name, any_function, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, cpu_function, "CPU")
+        _LIBRARY.impl(name, _without_autocast(any_function), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _without_autocast(cpu_function), "CPU")
     _LIBRARY.impl(name, cuda_function, "CUDA")
     torch.library.register_fake(f"orbitdit::{name}", fake, lib=_LIBRARY)
 
 
+def _without_autocast(function):
+    """Autocast would round what these functions compute in fp32. On CUDA the kernels know none."""
+
+    def run(x, *rest):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *rest)
+
+    return run
+
+
 def dtype_of(grid: int) -> torch.dtype:
     """The dtype of values on a grid."""
-    return reference.DTYPES[_NAMES[grid]]
+    return GRID_DTYPES[_NAMES[grid]]
 
 
 def _rotate_encode_fake(x, bits, seed, grid):
@@ -135,6 +147,7 @@ def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, se
 def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
     """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued;
     torch's allocator hands the memory to the next layer."""
+    _check_devices(x, weights)
     dim, name = x.shape[-1], _NAMES[grid]
     tokens = x if x.ndim == 2 else x.reshape(-1, dim)
     values, token_scales = rotate_encode_cuda.rotate_encode(tokens, activation_bits, _seed(seed), name)
@@ -151,11 +164,20 @@ def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, s
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
+def _check_devices(x, weights):
+    """A kernel that is given an address of another device would end the process's use of this one."""
+    for weight in weights:
+        if weight.device != x.device:
+            raise TensorError(f"the layer's codes are on {weight.device}, its input is on {x.device}: move one of them")
+
+
 def _decoded_alike(weights, biases, weight_bits):
-    """Whether one call of the kernel decodes all of these: packed codes of the same bits, and biases of one dtype."""
+    """Whether one call of the kernel decodes all of these: packed codes of the same bits, and biases that it copies."""
+    if len(weights) == 1:
+        return weights[0].dtype == torch.uint8
     dtype = None if biases[0] is None else biases[0].dtype
     if len(weights) > decode_cuda.MEMBERS or dtype not in (None, torch.bfloat16, torch.float16):
-        return len(weights) == 1 and weights[0].dtype == torch.uint8
+        return False
     for weight, bias, bits in zip(weights, biases, weight_bits, strict=True):
         if weight.dtype != torch.uint8 or bits != weight_bits[0] or dtype != (None if bias is None else bias.dtype):
             return False
@@ -164,16 +186,17 @@ def _decoded_alike(weights, biases, weight_bits):
 
 def _int4_on_cuda(x, codes, scales, bias):
     """In plain torch on devices that are too old for the kernel, or no NVIDIA devices."""
+    _check_devices(x, (codes,))
     has_kernels = device_grids(x.device) != ("exact",)
     return (int4_cuda if has_kernels else reference).int4_linear(x, codes, scales, bias)
 
 
-def _exact_with(function):
-    def exact_linear(x, codes, scales, bias, weight_bits, activation_bits, seed):
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed))
+def _exact_on_cpu(x, codes, scales, bias, weight_bits, activation_bits, seed):
+    return cpu.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed))
 
-    return exact_linear
+
+def _exact(x, codes, scales, bias, weight_bits, activation_bits, seed):
+    return reference.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed))
 
 
 _define(
@@ -198,10 +221,10 @@ _define(
 _define(
     "exact_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int weight_bits, int activation_bits, int seed)"
     " -> Tensor",
-    _exact_with(cpu.exact_linear),
-    _exact_with(reference.exact_linear),
+    _exact_on_cpu,
+    _without_autocast(_exact),
     _rows_fake,
-    _exact_with(reference.exact_linear),
+    _exact,
 )
 _define(
     "int4_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",

@@ -6,10 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from orbitdit.codebook import on_grid
+from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
+from orbitdit.errors import TensorError
 from orbitdit.kernels.nvrtc import kernel, upload
-from orbitdit.kernels.reference import DTYPES
-from orbitdit.kernels.rotate_encode import grid_bytes
 
 CHUNK = 16
 """Codes that a thread turns at a time: rows must be multiples of it."""
@@ -26,13 +25,19 @@ def decode(codes: Tensor, scales: Tensor, bits: int, dim: int, grid: str) -> tup
 def decode_all(
     codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None], bits: int, dim: int, grid: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`decode` of up to four weights, row after row, and their biases (16 bits) likewise, or None if they have none."""
+    """`decode` of up to four weights, row after row, and their biases (of 16 bits each) likewise, or None without.
+
+    Raises TensorError for widths that are no multiple of 16 and for codes that are not contiguous.
+    """
+    if dim % CHUNK or not all(packed.is_contiguous() for packed in codes):
+        raise TensorError(f"decode takes contiguous rows of a multiple of {CHUNK} codes; got {dim}")
+    scales = [s if s.dtype == torch.bfloat16 else s.to(torch.bfloat16) for s in scales]
     device, first_bias = codes[0].device, biases[0]
     ends, rows = [], 0
     for packed in codes:
         rows += packed.shape[0]
         ends.append(rows)
-    values = torch.empty(rows, dim, dtype=DTYPES[grid], device=device)
+    values = torch.empty(rows, dim, dtype=GRID_DTYPES[grid], device=device)
     row_scales = torch.empty(rows, dtype=torch.float32, device=device)
     bias = first_bias
     if first_bias is not None and len(codes) > 1:
@@ -49,8 +54,9 @@ def decode_all(
             end = ends[member] if member < len(ends) else rows
             bounds += [end * dim // CHUNK, end]
         chunks = rows * dim // CHUNK
-        outputs = table, values.data_ptr(), row_scales.data_ptr(), bias.data_ptr() if collect else 0  # type: ignore[union-attr]
-        built.launch(-(-chunks // (THREADS * UNROLL)), THREADS, 0, *pointers, *outputs, *bounds, chunks, rows, scale)
+        outputs = table, values.data_ptr(), row_scales.data_ptr(), 0 if bias is None else bias.data_ptr()
+        blocks = -(-chunks // (THREADS * UNROLL))
+        built.launch(blocks, THREADS, 0, *pointers, *outputs, *bounds, chunks, rows, scale)
     return values, row_scales, bias
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orbitdit.kernels import reference
-from orbitdit.kernels.nvrtc import Kernel, kernel, processors
+from orbitdit.kernels.nvrtc import Kernel, kernel, processors, readable, shared_limit
 
 ROWS = 8
 """Rows of x that the kernel takes: the columns of one tensor-core product."""
@@ -16,31 +16,36 @@ WARPS = 12
 
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """See reference.py; rows of x beyond 8, and fp32, take that."""
-    dim, n = x.shape[-1], len(codes)
-    tokens = x.reshape(-1, dim).contiguous()
-    rows = len(tokens)
-    if not 0 < rows <= ROWS or x.dtype not in (torch.bfloat16, torch.float16) or not n:
+    """See reference.py; more than 8 rows of x, fp32, and rows too wide for shared memory take that."""
+    dim, n = x.shape[-1], codes.shape[0]
+    rows = x.numel() // dim
+    plan = None
+    if 0 < rows <= ROWS and x.dtype in (torch.bfloat16, torch.float16) and n:
+        plan = _plan(rows, dim, x.dtype == torch.float16, x.device.index)
+    if plan is None:
         return reference.int4_linear(x, codes, scales, bias)
-    y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    bias = None if bias is None else bias.to(x.dtype)
-    device = x.device.index
-    built, warps, split = _kernel(dim, x.dtype == torch.float16, device)
-    shared = shared_bytes(rows, dim, warps, split)
-    tiles = -(-n // TILE)
-    resident = processors(device) * max(1, built.blocks_per_processor(32 * warps, shared))
-    blocks = min(resident, -(-tiles * split // warps))
+    built, warps, split, shared, resident = plan
+    tokens = readable(x)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    scales = scales if scales.dtype == torch.bfloat16 else scales.to(torch.bfloat16)
+    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    blocks = min(resident, -(-(-(-n // TILE) * split) // warps))
     bias_at = 0 if bias is None else bias.data_ptr()
     pointers = tokens.data_ptr(), codes.data_ptr(), scales.data_ptr(), bias_at, y.data_ptr()
     built.launch(blocks, 32 * warps, shared, *pointers, rows, n)
-    return y.view(*x.shape[:-1], n)
+    return y
 
 
 @cache
-def _kernel(dim: int, half: bool, device: int) -> tuple[Kernel, int, int]:
+def _plan(rows: int, dim: int, half: bool, device: int) -> tuple[Kernel, int, int, int, int] | None:
+    """The kernel, warps a block, warps a tile, shared bytes, blocks at a time; None if a block lacks the memory."""
     warps, split = warps_and_split(dim)
+    shared = shared_bytes(rows, dim, warps, split)
+    if shared > shared_limit(device):
+        return None
     defines = (("DIM", dim), ("HALF", int(half)), ("WARPS", warps), ("SPLIT", split))
-    return kernel("int4_linear.cu", "int4_linear", defines, "PPPPPii", device), warps, split
+    built = kernel("int4_linear.cu", "int4_linear", defines, "PPPPPii", device)
+    return built, warps, split, shared, processors(device) * max(1, built.blocks_per_processor(32 * warps, shared))
 
 
 def warps_and_split(dim: int) -> tuple[int, int]:

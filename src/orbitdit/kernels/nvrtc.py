@@ -8,16 +8,20 @@ Triton does not offer. A kernel is compiled when it is first launched (about a s
 import ctypes
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from orbitdit.errors import DependencyError
 
 Defines = tuple[tuple[str, int], ...]
 _SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _FREE_SHARED_BYTES = 48 << 10
 """What a kernel may take without asking."""
 
@@ -43,8 +47,7 @@ class Kernel:
     """One kernel on one device. `signature` is a format of `struct` for its arguments: P a pointer, i and f 32 bits."""
 
     def __init__(self, file: str, name: str, defines: Defines, signature: str, device: int):
-        with torch.cuda.device(device):
-            torch.cuda.current_stream()  # creates the context
+        with _context(device):
             module = ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(module), _compile(file, defines, _arch(device))))
             self._function = ctypes.c_void_p()
@@ -58,31 +61,32 @@ class Kernel:
 
     def blocks_per_processor(self, block: int, shared: int) -> int:
         """How many blocks of `block` threads with `shared` bytes of dynamic shared memory run at a time."""
-        self._allow(shared)
         found = ctypes.c_int()
-        _check(
-            _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                ctypes.byref(found), self._function, ctypes.c_int(block), ctypes.c_size_t(shared)
+        with _context(self._device):
+            self._allow(shared)
+            _check(
+                _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    ctypes.byref(found), self._function, ctypes.c_int(block), ctypes.c_size_t(shared)
+                )
             )
-        )
         return found.value
 
     def launch(self, grid: int, block: int, shared: int, *arguments: int | float) -> None:
-        """Launch on the current stream of the kernel's device; pointers are ints. Every microsecond here is one of the
-        host's for each layer of a model, so the arguments go packed, in one piece."""
-        if shared > self._shared:
-            self._allow(shared)
+        """Launch `grid` blocks of `block` threads on the current stream of the kernel's device; pointers are ints.
+
+        Every microsecond here is one of the host's for each layer of a model, so the arguments go packed, in one piece.
+        Raises RuntimeError with the driver's message.
+        """
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         packed = _Arguments(1, self._pack(*arguments), 2, self._size_at, None)
-        if torch.cuda.current_device() == self._device:
-            status = self._launch(self._function, grid, 1, 1, block, 1, 1, shared, stream, None, ctypes.byref(packed))
-        else:
-            with torch.cuda.device(self._device):
-                status = self._launch(
-                    self._function, grid, 1, 1, block, 1, 1, shared, stream, None, ctypes.byref(packed)
-                )
-        if status:
-            _check(status)
+        launch = self._function, grid, 1, 1, block, 1, 1, shared, stream, None, ctypes.byref(packed)
+        if shared <= self._shared and torch.cuda.current_device() == self._device:
+            status = self._launch(*launch)
+            if status != _INVALID_CONTEXT:  # so in a thread that has not used the GPU yet
+                return _check(status)
+        with _context(self._device):
+            self._allow(shared)
+            return _check(self._launch(*launch))
 
     def _allow(self, shared: int) -> None:
         if shared > self._shared:
@@ -110,12 +114,39 @@ def upload(array: np.ndarray, device: int) -> int:
     """
     array = np.ascontiguousarray(array)
     pointer = ctypes.c_void_p()
-    with torch.cuda.device(device):
-        torch.cuda.current_stream()
+    with _context(device):
         _check(_driver().cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(array.nbytes)))
         _check(_driver().cuMemcpyHtoD_v2(pointer, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)))
+        _check(_driver().cuCtxSynchronize())  # the copy may still be under way, and streams do not wait for it
     assert pointer.value is not None
     return pointer.value
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x`, or a copy of it if it is not contiguous or does not begin where vectors of 16 bytes may."""
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _context(device: int) -> Iterator[None]:
+    """The device, with its primary context bound to this thread, as the driver's own calls need it."""
+    with torch.cuda.device(device):
+        _check(_driver().cuCtxSetCurrent(_primary_context(device)))
+        yield
+
+
+@cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    torch.cuda.current_stream(device)  # initializes torch's side
+    context = ctypes.c_void_p()
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), ctypes.c_int(device)))
+    return context
+
+
+@cache
+def shared_limit(device: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def _arch(device: int) -> str:
@@ -129,7 +160,8 @@ def _compile(file: str, defines: Defines, arch: str) -> bytes:
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     text = (source("prelude.cu") + source(file)).encode()
     options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, file.encode(), 0, None, None)
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, file.encode(), 0, None, None):
+        raise RuntimeError(f"NVRTC cannot take {file}")
     try:
         array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), array):
@@ -141,7 +173,8 @@ def _compile(file: str, defines: Defines, arch: str) -> bytes:
         size = ctypes.c_size_t()
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
         code = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, code)
+        if nvrtc.nvrtcGetCUBIN(program, code):
+            raise RuntimeError(f"NVRTC gives no machine code of {file} for {arch}")
         return code.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
@@ -161,7 +194,7 @@ def _driver() -> ctypes.CDLL:
 
 
 def _library(name: str) -> ctypes.CDLL:
-    """A shared library by name, or from the packages that torch's wheels bring along."""
+    """A shared library by name, or from the packages that torch's wheels bring along. Raises DependencyError."""
     places = [name, *sorted(Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{name}"))]
     for place in places:
         try:

@@ -6,12 +6,10 @@
 //   A (16 x 16): a[0] = A[g][2q, 2q+1], a[1] = A[g+8][2q, ..], a[2] = A[g][2q+8, ..], a[3] = A[g+8][2q+8, ..]
 //   B (16 x 8):  b[0] = B[2q, 2q+1][g], b[1] = B[2q+8, 2q+9][g]
 //   C (16 x 8):  c[0], c[1] = C[g][2q, 2q+1], c[2], c[3] = C[g+8][2q, 2q+1]
-// The 8-bit product has 32 for 16 along the sum, and four values a register: A[g][4q .. 4q+3], A[g][4q+16 ..], ...
 
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
-using u64 = unsigned long long;
 using i64 = long long;
 
 #define KERNEL extern "C" __global__
@@ -59,22 +57,6 @@ __device__ inline void mma_f16_k8(float (&c)[4], u32 a0, u32 a1, u32 b) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(b));
-}
-
-#if __CUDA_ARCH__ >= 890
-__device__ inline void mma_e4m3(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-#endif
-
-__device__ inline void mma_s8(int (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // Two floats rounded to nearest, `low` in the lower half.
@@ -144,14 +126,6 @@ __device__ inline uint4 load_streaming(const void* p) {
 __device__ inline uint2 load_streaming8(const void* p) {
   uint2 r;
   asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
-  return r;
-}
-
-// Four of the eight bytes of y:x, one for each 4 bits of `selector`. Where __byte_perm drops the fourth bit of a
-// selector, here it asks for the byte's sign, spread over 8 bits.
-__device__ inline u32 byte_perm_signed(u32 x, u32 y, u32 selector) {
-  u32 r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(selector));
   return r;
 }
 

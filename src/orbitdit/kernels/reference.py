@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from orbitdit.codebook import bins, codebook_on, look_up, nearest, nearest_by_bins, on_grid
+from orbitdit.codebook import GRID_DTYPES, bins, codebook_on, look_up, nearest, nearest_by_bins, on_grid
 from orbitdit.packing import GROUP, unpack
 from orbitdit.rotation import rotation
 from orbitdit.tables import shared
 
 EPSILON = 1e-10
-DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def normalize(x: Tensor, epsilon: float = EPSILON) -> tuple[Tensor, Tensor]:
@@ -83,11 +82,12 @@ def encode_tokens(x: Tensor, bits: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x (tokens, dim) times INT4 weights (rows, bytes) with scales (rows, groups of 64), in the dtype of `x`."""
     dim = x.shape[-1]
-    weight = (unpack(codes, 4, dim).float() - 8) * scales.float().repeat_interleave(GROUP, 1)[:, :dim]
-    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        weight = (unpack(codes, 4, dim).float() - 8) * scales.float().repeat_interleave(GROUP, 1)[:, :dim]
+        return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @shared
 def _codebook(dim: int, bits: int, grid: str, refit: bool, device: torch.device) -> tuple[Tensor, Tensor, float]:
     found = on_grid(dim, bits, grid, refit)
-    return found.values.float().to(DTYPES[grid]).to(device), found.boundaries.float().to(device), found.scale
+    return found.values.float().to(GRID_DTYPES[grid]).to(device), found.boundaries.float().to(device), found.scale

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orbitdit.codebook import on_grid
-from orbitdit.kernels.nvrtc import kernel, processors, upload
+from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
+from orbitdit.errors import TensorError
+from orbitdit.kernels.nvrtc import kernel, processors, readable, upload
 from orbitdit.rotation import rotation
 
 TILE = 256
@@ -41,13 +42,12 @@ BEST_TILES = {
     8960: Tile(2, 1, 1, 7, 5),
     13824: Tile(2, 1, 2, 8, 2),
     15360: Tile(2, 1, 4, 8, 3),
+    20480: Tile(1, 4, 4, 8, 2, True),
 }
-"""By width, where measurement on an H200 found something better."""
-MAX_DIM = 24576
-"""Two staged tokens must fit into the 99 KiB of shared memory that a block has on compute capability 8.6 and 8.9."""
+"""By width, where measurement on an H200 found something better, or shared memory is too small for the other."""
+MAX_DIM = 24064
+"""What is staged must fit into the 99 KiB of shared memory that a block has on compute capability 8.6 and 8.9."""
 BINS = 4096
-ALIGNMENT = 16
-"""Bytes: the kernel reads tokens in vectors of so many."""
 
 
 def supported(dim: int) -> bool:
@@ -55,12 +55,16 @@ def supported(dim: int) -> bool:
     return dim % 16 == 0 and dim <= MAX_DIM and _factor(dim) in TILES
 
 
-def rotate_encode(x: Tensor, bits: int, seed: int, grid: str, tile: Tile | None = None):
-    """Grid values (tokens, dim) and scales (tokens,) of bf16 or fp16 `x` (tokens, dim); see reference.py."""
+def rotate_encode(x: Tensor, bits: int, seed: int, grid: str, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+    """Values (tokens, dim) on the grid and scales (tokens,) fp32 of bf16 or fp16 `x` (tokens, dim); see reference.py.
+
+    Raises TensorError for other dtypes and for widths that `supported` refuses.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TensorError(f"rotate_encode takes bf16 or fp16 tokens; got {x.dtype}")
     tokens, dim = x.shape
-    if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
-        x = x.clone(memory_format=torch.contiguous_format)
-    values = torch.empty(tokens, dim, dtype=torch.float8_e4m3fn if grid == "e4m3" else torch.int8, device=x.device)
+    x = readable(x)
+    values = torch.empty(tokens, dim, dtype=GRID_DTYPES[grid], device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     if tokens:
         _launcher(dim, bits, seed, grid, x.dtype == torch.float16, tile, x.device.index)(x, values, scales)
@@ -75,6 +79,8 @@ def tile_of(dim: int) -> Tile:
 @cache
 def _launcher(dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile | None, device: int):
     """A function that launches the kernel for one width and codebook; None is the best tile."""
+    if not supported(dim):
+        raise TensorError(f"rotate_encode has no kernel for tokens of width {dim}: run this layer on the grid 'exact'")
     tile = tile or tile_of(dim)
     bins, slope, scale = bin_table(dim, bits, grid)
     defines = compile_options(dim, bits, half, tile)
@@ -199,8 +205,3 @@ def bin_table(dim: int, bits: int, grid: str) -> tuple[np.ndarray, float, float]
     slope = float(slopes[(np.exp(-(boundaries**2) / 2) * distance).sum(1).argmin(), 0])
     middle = (np.arange(BINS) / (BINS - 1) - 0.5) / slope
     return values[np.searchsorted(boundaries, middle)], slope, codebook.scale
-
-
-def grid_bytes(values: Tensor, grid: str) -> np.ndarray:
-    """Values on the grid as bytes (uint8)."""
-    return values.float().to(torch.float8_e4m3fn if grid == "e4m3" else torch.int8).view(torch.uint8).numpy()
