@@ -18,6 +18,7 @@ from orbitdit import OrbitQuantConfig, plan
 from orbitdit.shapes.prompts import CATEGORIES
 
 ROOT = Path(__file__).parent.parent
+GPU = "NVIDIA H200"
 FAMILIES = {
     "FLUX.1-dev": (diffusers.FluxTransformer2DModel, {"guidance_embeds": True}),
     "Z-Image-Turbo": (diffusers.ZImageTransformer2DModel, {}),
@@ -88,27 +89,58 @@ def quality() -> str:
     return table(["", *CATEGORIES, "overall", "PSNR, dB"], rows)
 
 
-def speed() -> str:
-    """Milliseconds a step and peak memory of the models, from the benchmark's lines; the last of a kind counts."""
+def measured(suite: str) -> dict[tuple[str, str], dict]:
+    """The benchmark's lines of `suite` by case and provider; the last of a kind counts. One kind of GPU."""
     lines = [json.loads(line) for p in sorted((ROOT / "benchmarks/results").glob("*.jsonl")) for line in p.open()]
-    found = {(r["case"], r["provider"]): r for r in lines if r["suite"] == "models" and r["status"] == "ok"}
-    gpu = " and ".join(sorted({r["gpu"] for r in found.values()}))
+    chosen = [r for r in lines if r["suite"] == suite and r["status"] == "ok" and r["gpu"] == GPU]
+    return {(r["case"], r["provider"]): r for r in chosen}
+
+
+def times(found: dict[tuple[str, str], dict], case: str, provider: str, reference: str) -> str:
+    """How many times faster than the reference, "-" where one of them was not measured."""
+    row, base = found.get((case, provider)), found.get((case, reference))
+    return f"{base['median_us'] / row['median_us']:.2f}x" if row and base else "-"
+
+
+def speed() -> str:
+    """Milliseconds a step and peak memory of the models."""
+    found = measured("models")
     rows = []
     for case in dict.fromkeys(case for case, _ in found):
-        base, ours, float8, w2 = (
-            found.get((case, f"{name} compiled")) for name in ("bf16", "W4A4", "torchao float8", "W2A4")
-        )
+        base, ours = found.get((case, "bf16 compiled")), found.get((case, "W4A4 compiled"))
         if base is None or ours is None:
             continue
-        other = "-" if float8 is None else f"{base['median_us'] / float8['median_us']:.2f}x"
-        memory = [f"{r['peak_gb']:.1f}" if r else "-" for r in (base, float8, ours, w2)]
-        times = f"{base['median_us'] / ours['median_us']:.2f}x"
-        rows.append([case, *(f"{r['median_us'] / 1e3:.1f}" for r in (base, ours)), times, other, " / ".join(memory)])
-    head = ["bf16, ms", "W4A4, ms", "speed-up", "torchao float8", "peak GB: bf16 / float8 / W4A4 / W2A4"]
-    return table([f"one step on {gpu}", *head], rows)
+        kinds = [f"{kind} compiled" for kind in ("bf16", "torchao float8", "W4A4", "W2A4")]
+        memory = [f"{found[case, kind]['peak_gb']:.1f}" if (case, kind) in found else "-" for kind in kinds]
+        gains = [times(found, case, kind, "bf16 compiled") for kind in kinds[2:] + kinds[1:2]]
+        eager = times(found, case, "W4A4", "bf16")
+        rows.append([case, *(f"{r['median_us'] / 1e3:.1f}" for r in (base, ours)), *gains, eager, " / ".join(memory)])
+    head = ["bf16, ms", "W4A4, ms", "W4A4", "W2A4", "torchao float8", "W4A4 eager over bf16 eager"]
+    return table([f"one step on {GPU}", *head, "peak GB: bf16 / float8 / W4A4 / W2A4"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"families": families, "demo": demo, "quality": quality, "speed": speed}
+def layers() -> str:
+    """Single layers over bf16, ours and the best of the others."""
+    found, others = measured("layers"), ("torchao float8", "orbitquant W4A4", "orbitquant W2A4", "comfy-kitchen W4A4")
+    cases = [case for case in dict.fromkeys(case for case, _ in found) if case.startswith("layer ")]
+    rows = [
+        [
+            case.removeprefix("layer "),
+            f"{found[case, 'bf16']['median_us']:.0f}",
+            *(times(found, case, provider, "bf16") for provider in ("W4A4", "W2A4", "W4A6", *others)),
+        ]
+        for case in sorted(cases, key=lambda c: [int(n) for n in re.findall("[0-9]+", c)])
+    ]
+    return table([f"tokens, in to out, on {GPU}", "bf16, us", "W4A4", "W2A4", "W4A6", *others], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "families": families,
+    "demo": demo,
+    "quality": quality,
+    "speed": speed,
+    "layers": layers,
+}
 
 
 def main() -> None:
