@@ -1,8 +1,8 @@
 """`rotate_encode` on CUDA: its tables, its tiles, and the launch. See rotate_encode.cu for the idea.
 
-Sums are in fp32, with one rounding to fp16 between the two Hadamard factors. A value differs from the reference's, by one
-level at a boundary, for about 6 coordinates in 10,000 at 4 bits, 3 at 3 bits, and 20 to 30 at 6 bits, where it is the
-bins too.
+Sums are in fp32, with one rounding to fp16 between the two Hadamard factors. A value differs from the reference's, by
+one level at a boundary, for about 6 coordinates in 10,000 at 4 bits, 3 at 3 bits, and 20 to 30 at 6 bits, where it is
+the bins too.
 """
 
 from functools import cache
