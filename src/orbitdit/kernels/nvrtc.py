@@ -184,8 +184,11 @@ def _compile(file: str, defines: Defines, arch: str) -> bytes:
 def _nvrtc() -> ctypes.CDLL:
     assert torch.version.cuda is not None
     major = torch.version.cuda.partition(".")[0]
-    name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
-    return _library(name)
+    if sys.platform == "win32":
+        return _library(f"nvrtc64_{major}0_0.dll")
+    for builtins in _in_wheels("libnvrtc-builtins.so.*"):  # NVRTC looks for it by name alone, not beside itself
+        ctypes.CDLL(str(builtins))
+    return _library(f"libnvrtc.so.{major}")
 
 
 @cache
@@ -195,13 +198,17 @@ def _driver() -> ctypes.CDLL:
 
 def _library(name: str) -> ctypes.CDLL:
     """A shared library by name, or from the packages that torch's wheels bring along. Raises DependencyError."""
-    places = [name, *sorted(Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{name}"))]
-    for place in places:
+    for place in (name, *_in_wheels(name)):
         try:
             return ctypes.CDLL(str(place))
         except OSError as error:
             problem = error
     raise DependencyError(f"{name} is missing ({problem}): reinstall torch with CUDA")
+
+
+def _in_wheels(pattern: str) -> list[Path]:
+    """Files in the library folders of NVIDIA's packages beside torch."""
+    return sorted(Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{pattern}"))
 
 
 def _check(status: int) -> None:
