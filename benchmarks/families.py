@@ -90,6 +90,7 @@ MODELS = (
         wan_inputs,
         {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960},
     ),
+    Model("Wan 2.1-14B", diffusers.WanTransformer3DModel, wan_inputs),
     Model(
         "CogVideoX-2b",
         diffusers.CogVideoXTransformer3DModel,
@@ -103,5 +104,4 @@ MODELS = (
         {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
         blocks=("CogVideoXBlock",),
     ),
-    Model("Wan 2.1-14B", diffusers.WanTransformer3DModel, wan_inputs),
 )

@@ -9,8 +9,9 @@ from torch import nn
 import orbitdit
 from benchmarks import peers
 from benchmarks.measure import INPUTS, Candidate, Case, error_bound, relative_error
-from benchmarks.peers import Forward
+from benchmarks.peers import Forward, each
 from orbitdit import Int4Linear, OrbitLinear
+from orbitdit.linear import share_inputs
 
 STORED_BITS = {"bf16": 16, "e4m3": 8, "int8": 8, "6": 6, "4": 4, "3": 3, "2": 2}
 SAMPLE = 128
@@ -48,24 +49,19 @@ def our_layers(linears: list[nn.Linear], weight: int, activation: int, grid: str
     for layer in layers:
         orbitdit.set_grid_(layer, grid, resident=resident)
     if len(layers) > 1:
-        orbitdit.model.share_inputs(layers)
-    return lambda x: [layer(x) for layer in layers]
+        share_inputs(layers)
+    return each(layers)
 
 
 def our_int4(linears: list[nn.Linear]) -> Forward:
-    layers = [Int4Linear.from_linear(linear) for linear in linears]
-    return lambda x: [layer(x) for layer in layers]
-
-
-def plain(linears: list[nn.Linear]) -> Forward:
-    return lambda x: [linear(x) for linear in linears]
+    return each([Int4Linear.from_linear(linear) for linear in linears])
 
 
 ABSMAX = 2.0
 """Slack of quantizers that spend their range on the largest value."""
 
 PROVIDERS = {
-    "bf16": Provider(plain, "bf16", "bf16", "bf16"),
+    "bf16": Provider(each, "bf16", "bf16", "bf16"),
     "W4A4": ours(4, 4, "e4m3"),
     "W3A3": ours(3, 3, "e4m3"),
     "W2A4": ours(2, 4, "e4m3"),
@@ -88,7 +84,7 @@ CPU_PROVIDERS = {
     "W4A4 exact": ours(4, 4, "exact"),
 }
 MODULATION_PROVIDERS = {
-    "bf16": Provider(plain, "bf16", "bf16", "bf16"),
+    "bf16": Provider(each, "bf16", "bf16", "bf16"),
     "INT4": Provider(our_int4, "4", "bf16", "bf16"),
     "orbitquant INT4": Provider(peers.orbitquant_int4, "4", "bf16", "bf16"),
 }

@@ -1,4 +1,4 @@
-"""Write the tables in README.md from committed results and from the real configurations: `python scripts/tables.py`.
+"""Write the tables in README.md from committed results and the real configurations: `python -m scripts.tables`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. With --check nothing is written and the exit code
 says whether the file is up to date.
@@ -7,53 +7,34 @@ says whether the file is up to date.
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
 
+from benchmarks.families import MODELS
+from benchmarks.report import Row, ratio, read, references, table
 from orbitdit import OrbitQuantConfig, plan
 from orbitdit.shapes.prompts import CATEGORIES
 
 ROOT = Path(__file__).parent.parent
 GPU = "NVIDIA H200"
-FAMILIES = {
-    "FLUX.1-dev": (diffusers.FluxTransformer2DModel, {"guidance_embeds": True}),
-    "Z-Image-Turbo": (diffusers.ZImageTransformer2DModel, {}),
-    "Wan 2.1-1.3B": (
-        diffusers.WanTransformer3DModel,
-        {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960},
-    ),
-    "Wan 2.1-14B": (diffusers.WanTransformer3DModel, {}),
-    "CogVideoX-2b": (diffusers.CogVideoXTransformer3DModel, {}),
-    "CogVideoX-5b": (
-        diffusers.CogVideoXTransformer3DModel,
-        {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
-    ),
-}
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, first column left, others right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def families() -> str:
     """What `orbitdit plan` says of the four families: counts of layers, and bytes of the transformer."""
     rows = []
-    for name, (cls, options) in FAMILIES.items():
+    for case in MODELS:
         with init_empty_weights():
-            model = cls(**options)
+            model = case.make()
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
         before = sum(p.numel() * p.element_size() for p in model.parameters())
         plans = [plan(model, OrbitQuantConfig(bits)) for bits in ("w4a4", "w2a4")]
         sizes = [before, *(before - found.bytes_before + found.bytes_after for found in plans)]
         counts = " / ".join(map(str, plans[0].counts))
-        rows.append([name, f"{before / 2e9:.2f} B", counts, *(f"{size / 1e9:.2f}" for size in sizes)])
+        rows.append([case.name, f"{before / 2e9:.2f} B", counts, *(f"{size / 1e9:.2f}" for size in sizes)])
     return table(
         ["transformer", "parameters", "quantized / INT4 / kept layers", "GB in bf16", "GB at W4A4", "GB at W2A4"], rows
     )
@@ -89,17 +70,16 @@ def quality() -> str:
     return table(["", *CATEGORIES, "overall", "PSNR, dB"], rows)
 
 
-def measured(suite: str) -> dict[tuple[str, str], dict]:
-    """The benchmark's lines of `suite` by case and provider; the last of a kind counts. One kind of GPU."""
-    lines = [json.loads(line) for p in sorted((ROOT / "benchmarks/results").glob("*.jsonl")) for line in p.open()]
-    chosen = [r for r in lines if r["suite"] == suite and r["status"] == "ok" and r["gpu"] == GPU]
-    return {(r["case"], r["provider"]): r for r in chosen}
+def measured(suite: str) -> dict[tuple[str, str], Row]:
+    """The lines of the performance page by case and provider: those of `suite` that have times, of one kind of GPU."""
+    rows = [r for r in read(ROOT / "benchmarks/results") if r["suite"] == suite and r["gpu"] == GPU]
+    return {(r["case"], r["provider"]): r for r in rows if r["status"] == "ok"}
 
 
-def times(found: dict[tuple[str, str], dict], case: str, provider: str, reference: str) -> str:
+def gain(found: dict[tuple[str, str], Row], case: str, provider: str, reference: str) -> str:
     """How many times faster than the reference, "-" where one of them was not measured."""
-    row, base = found.get((case, provider)), found.get((case, reference))
-    return f"{base['median_us'] / row['median_us']:.2f}x" if row and base else "-"
+    row = found.get((case, provider))
+    return ratio(row, references(list(found.values()), reference)) if row else "-"
 
 
 def speed() -> str:
@@ -112,8 +92,8 @@ def speed() -> str:
             continue
         kinds = [f"{kind} compiled" for kind in ("bf16", "torchao float8", "W4A4", "W2A4")]
         memory = [f"{found[case, kind]['peak_gb']:.1f}" if (case, kind) in found else "-" for kind in kinds]
-        gains = [times(found, case, kind, "bf16 compiled") for kind in kinds[2:] + kinds[1:2]]
-        eager = times(found, case, "W4A4", "bf16")
+        gains = [gain(found, case, kind, "bf16 compiled") for kind in kinds[2:] + kinds[1:2]]
+        eager = gain(found, case, "W4A4", "bf16")
         rows.append([case, *(f"{r['median_us'] / 1e3:.1f}" for r in (base, ours)), *gains, eager, " / ".join(memory)])
     head = ["bf16, ms", "W4A4, ms", "W4A4", "W2A4", "torchao float8", "W4A4 eager over bf16 eager"]
     return table([f"one step on {GPU}", *head, "peak GB: bf16 / float8 / W4A4 / W2A4"], rows)
@@ -127,7 +107,7 @@ def layers() -> str:
         [
             case.removeprefix("layer "),
             f"{found[case, 'bf16']['median_us']:.0f}",
-            *(times(found, case, provider, "bf16") for provider in ("W4A4", "W2A4", "W4A6", *others)),
+            *(gain(found, case, provider, "bf16") for provider in ("W4A4", "W2A4", "W4A6", *others)),
         ]
         for case in sorted(cases, key=lambda c: [int(n) for n in re.findall("[0-9]+", c)])
     ]

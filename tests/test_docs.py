@@ -8,8 +8,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_tables_are_up_to_date():
-    check = subprocess.run([sys.executable, ROOT / "scripts/tables.py", "--check"], capture_output=True, text=True)
-    assert check.returncode == 0, f"run python scripts/tables.py and commit README.md\n{check.stderr}"
+    command = [sys.executable, "-m", "scripts.tables", "--check"]
+    check = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 0, f"run python -m scripts.tables and commit README.md\n{check.stderr}"
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "policy": "config errors packing",
     "quantize": "codebook errors packing rotation",
     "kernels.nvrtc": "errors",
-    "kernels.reference": "codebook packing rotation tables",
+    "kernels.reference": "codebook packing quantize rotation tables",
     "kernels.cpu": "codebook kernels.reference packing rotation tables",
     "kernels.rotate_encode": "codebook errors kernels.nvrtc rotation",
     "kernels.decode": "codebook errors kernels.nvrtc",

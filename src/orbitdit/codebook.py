@@ -85,17 +85,22 @@ def on_grid(dim: int, bits: int, grid: str, refit: bool) -> GridCodebook:
     if dim == 1:  # the only coordinates are +1 and -1, the outermost centroids
         largest = 448.0 if grid == "e4m3" else 127.0
         return GridCodebook(exact.centroids.sign() * largest, 1 / largest, exact.boundaries)
+
+    def cells(boundaries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return _cells(dim, np.concatenate([[-1.0], boundaries, [1.0]]))
+
     best = (np.inf, GridCodebook(exact.centroids, 1.0, exact.boundaries))
     for largest in np.linspace(224, 448, 65) if grid == "e4m3" else np.arange(8, 127.5, 0.5):
         boundaries = exact.boundaries.numpy()
-        values, scale = _fit_to_grid(*_cells(dim, boundaries), float(exact.centroids[-1]) / largest, grid)
+        mass, mean = cells(boundaries)
+        values, scale = _fit_to_grid(mass, mean, float(exact.centroids[-1]) / largest, grid)
         for _ in range(20 if refit else 0):
             boundaries = scale * (values[1:] + values[:-1]) / 2
             previous = values
-            values, scale = _fit_to_grid(*_cells(dim, boundaries), scale, grid)
+            mass, mean = cells(boundaries)
+            values, scale = _fit_to_grid(mass, mean, scale, grid)
             if np.array_equal(values, previous):
                 break
-        mass, mean = _cells(dim, boundaries)
         error = 1 / dim + (mass * scale * values * (scale * values - 2 * mean)).sum()
         if error < best[0]:
             best = (error, GridCodebook(torch.from_numpy(values), scale, torch.from_numpy(boundaries)))
@@ -118,14 +123,14 @@ def _fit_to_grid(mass: np.ndarray, mean: np.ndarray, scale: float, grid: str) ->
     return points, float((mass * mean * points).sum() / (mass * points**2).sum())
 
 
-def _cells(dim: int, boundaries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mass and mean of each cell of the density in R^dim between `boundaries` (ascending, inside -1..1)."""
-    edges = np.concatenate([[-1.0], boundaries, [1.0]])
+def _cells(dim: int, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mass and mean of each cell of the density in R^dim between neighbouring `edges` (ascending in -1..1)."""
     above = 0.5 * betainc((dim - 1) / 2, 0.5, 1 - edges**2)
     above = np.where(edges < 0, 1 - above, above)
-    moment = np.exp(-betaln((dim - 1) / 2, 0.5) + (dim - 1) / 2 * np.log1p(-(edges[1:-1] ** 2))) / (dim - 1)
+    with np.errstate(divide="ignore"):  # at -1 and 1 the logarithm is of zero, and the moment zero
+        moment = np.exp(-betaln((dim - 1) / 2, 0.5) + (dim - 1) / 2 * np.log1p(-(edges**2))) / (dim - 1)
     mass = -np.diff(above)
-    mean = -np.diff(moment, prepend=0.0, append=0.0) / np.where(mass > 0, mass, 1)
+    mean = -np.diff(moment) / np.where(mass > 0, mass, 1)
     return mass, np.where(mass > 0, mean, (edges[1:] + edges[:-1]) / 2)
 
 
@@ -178,11 +183,7 @@ def _solve(dim: int, levels: int) -> np.ndarray:
     def cells(c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Inner boundaries, and mass and mean of each cell; the outermost cell ends at 1."""
         inner = (c[1:] + c[:-1]) / 2
-        edges = np.concatenate([[0.0], inner, [1.0]])
-        tail = 0.5 * betainc((dim - 1) / 2, 0.5, 1 - edges**2)
-        moment = np.append(np.exp(log_constant + (dim - 1) / 2 * np.log1p(-(edges[:-1] ** 2))), 0.0) / (dim - 1)
-        mass = -np.diff(tail)
-        return inner, mass, -np.diff(moment) / mass
+        return inner, *_cells(dim, np.concatenate([[0.0], inner, [1.0]]))
 
     # the density of an optimal quantizer's points goes as f^(1/3): a Gaussian of variance 3/d
     c = np.minimum(ndtri(0.5 + (np.arange(levels) + 0.5) / (2 * levels)) * np.sqrt(3 / dim), 1)

@@ -78,9 +78,9 @@ def set_grid_(model: nn.Module, grid: str = "auto", resident: bool = False) -> n
     "auto" is the fastest of the device: "e4m3" on CUDA devices of compute capability 8.9 and newer, "int8" on 8.0 and
     newer and on CPUs that multiply it, else "exact", which multiplies the centroids themselves. `resident` keeps the
     weights decoded on the grid, a byte each, beside the codes: more memory, and a little less time except where layers
-    share their input, whose products are then made one by one; the grid
-    then stays that of the device that the model is on. Nothing of this is saved with the model. Raises
-    ConfigError for a grid that is unknown, or that the model's device does not multiply.
+    share their input, whose products are then made one by one; the grid then stays that of the device that the model
+    is on. Nothing of this is saved with the model. Raises ConfigError for a grid that is unknown, or that the model's
+    device does not multiply.
     """
     if grid != "auto" and grid not in GRIDS:
         raise ConfigError(f"grid {grid!r} is unknown; choose auto, {', '.join(GRIDS)}")

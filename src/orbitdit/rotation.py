@@ -41,13 +41,13 @@ class Rotation:
         """R x for each row of `x` (..., dim), in the dtype of `x`. Raises TensorError for other widths or dtypes."""
         self._check(x)
         permutation, signs = _tables(self.dim, self.seed, x.device, x.dtype)
-        return _block_hadamard(x.index_select(-1, permutation) * signs, self.block_size)
+        return block_hadamard(x.index_select(-1, permutation) * signs, self.block_size)
 
     def inverse(self, x: Tensor) -> Tensor:
         """R^T x for each row of `x` (..., dim), in the dtype of `x`. Raises TensorError as `apply` does."""
         self._check(x)
         permutation, signs = _tables(self.dim, self.seed, x.device, x.dtype)
-        return torch.empty_like(x).index_copy_(-1, permutation, _block_hadamard(x, self.block_size) * signs)
+        return torch.empty_like(x).index_copy_(-1, permutation, block_hadamard(x, self.block_size) * signs)
 
     def matrix(self) -> Tensor:
         """R as a dense (dim, dim) fp64 matrix: `apply(x) == x @ matrix().T`."""
@@ -76,7 +76,7 @@ def _tables(dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> tu
 
 
 @shared
-def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The Sylvester-Hadamard matrix of order `size`, scaled to be orthogonal."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
@@ -84,9 +84,9 @@ def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return (matrix * size**-0.5).to(device, dtype)
 
 
-def _block_hadamard(x: Tensor, block_size: int) -> Tensor:
+def block_hadamard(x: Tensor, block_size: int) -> Tensor:
     """H / sqrt(h) on each block of the last axis, as two small factors: H_h = H_outer (x) H_inner."""
     outer = 1 << (block_size.bit_length() // 2)
     inner = block_size // outer
-    y = x.unflatten(-1, (-1, outer, inner)) @ hadamard(inner, x.device, x.dtype)
-    return (hadamard(outer, x.device, x.dtype) @ y).flatten(-3)
+    y = x.unflatten(-1, (-1, outer, inner)) @ _hadamard(inner, x.device, x.dtype)
+    return (_hadamard(outer, x.device, x.dtype) @ y).flatten(-3)

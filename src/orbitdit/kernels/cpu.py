@@ -24,7 +24,7 @@ from orbitdit.codebook import codebook_on, lloyd_max, look_up, nearest, on_grid
 from orbitdit.kernels import reference
 from orbitdit.kernels.reference import EPSILON, normalize
 from orbitdit.packing import unpack
-from orbitdit.rotation import hadamard, rotation
+from orbitdit.rotation import block_hadamard, rotation
 from orbitdit.tables import shared
 
 TOKEN_ELEMENTS = 1 << 20
@@ -194,17 +194,8 @@ def _encode_exactly(x: Tensor, bits: int, seed: int, dtype: torch.dtype) -> tupl
 def _rotate(x: Tensor, seed: int) -> Tensor:
     """R x in fp32 for each row of `x` (tokens, dim), bf16 or fp16."""
     r = rotation(x.shape[1], seed)
-    inner, outer = _factors(r.block_size)
     moved = x.detach().view(torch.int16).numpy().take(r.permutation.numpy(), 1, mode="clip")
-    y = torch.from_numpy(moved).view(x.dtype) * r.signs
-    return (outer @ (y.view(-1, len(inner)) @ inner).view(-1, len(outer), len(inner))).view(x.shape)
-
-
-@shared
-def _factors(size: int) -> tuple[Tensor, Tensor]:
-    """Hadamard matrices whose Kronecker product is the one of order `size`; the first is the inner factor."""
-    order = size.bit_length() - 1
-    return tuple(hadamard(1 << part, CPU, torch.float32) for part in (order // 2, order - order // 2))  # type: ignore[return-value]
+    return block_hadamard(torch.from_numpy(moved).view(x.dtype) * r.signs, r.block_size)
 
 
 class Bins(NamedTuple):

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from orbitdit.codebook import GRID_DTYPES, bins, codebook_on, look_up, nearest, nearest_by_bins, on_grid
-from orbitdit.packing import GROUP, unpack
+from orbitdit.packing import unpack
+from orbitdit.quantize import QuantizedWeight, dequantize_int4
 from orbitdit.rotation import rotation
 from orbitdit.tables import shared
 
@@ -83,8 +84,8 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -
     """x (tokens, dim) times INT4 weights (rows, bytes) with scales (rows, groups of 64), in the dtype of `x`."""
     dim = x.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
-        weight = (unpack(codes, 4, dim).float() - 8) * scales.float().repeat_interleave(GROUP, 1)[:, :dim]
-        return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        weight = dequantize_int4(QuantizedWeight(codes, scales), dim).to(x.dtype)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @shared
