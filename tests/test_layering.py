@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "kernels.rotate_encode": "codebook errors kernels.nvrtc rotation",
     "kernels.decode": "codebook errors kernels.nvrtc",
     "kernels.matmul": "kernels.nvrtc",
+    "kernels.viterbi": "errors kernels.nvrtc",
     "kernels.int4_linear": "kernels.nvrtc kernels.reference",
     "kernels": "codebook errors "
     + " ".join(f"kernels.{name}" for name in ["cpu", "decode", "int4_linear", "matmul", "reference", "rotate_encode"]),
