@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from encoding_checks import FLIPS, NORMS, flips, random, relative, same, tokens, tokens_of_one_input
-from orbitdit import kernels
+from orbitdit import kernels, trellis
+from orbitdit.kernels import decode as decode_cuda
 from orbitdit.kernels import matmul as matmul_cuda
 from orbitdit.kernels import ops, reference
-from orbitdit.packing import PACKED_BITS, pack, packed_width
+from orbitdit.kernels import viterbi as viterbi_cuda
+from orbitdit.packing import PACKED_BITS, pack, packed_width, unpack
 from orbitdit.quantize import QuantizedWeight, dequantize_int4, quantize_int4
 
 pytestmark = [
@@ -128,6 +130,48 @@ def test_decode_is_exact(rows, dim, bits, grid):
     scales = torch.rand(rows, device=CUDA).bfloat16()
     found = ops.decode(codes, scales, bits, dim, kernels.GRIDS[grid])
     assert all_same(found, reference.decode(codes, scales, bits, dim, grid))
+
+
+TRELLISES = [(bits, states) for bits in (2, 3, 4) for states in (8, 10, 12)]
+
+
+@pytest.mark.parametrize(("bits", "states"), TRELLISES)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 16), (7, 48), (199, 1920), (3072, 12288), (12288, 3072)])
+def test_decode_of_trellis_codes_is_exact(rows, dim, bits, states, grid):
+    codes = torch.randint(256, (rows, packed_width(dim, bits)), device=CUDA, dtype=torch.uint8)
+    scales = torch.rand(rows, device=CUDA).bfloat16()
+    values, row_scales = decode_cuda.decode(codes, scales, bits, dim, grid, states)
+    assert all_same((values, row_scales), decode_cuda.decode(codes, scales, bits, dim, grid, states))
+    table, scale = trellis.on_grid(bits, states, grid)
+    part = slice(0, rows, max(1, rows // 100))  # rows stand alone, and windows of all take memory
+    expected = table.to(CUDA)[trellis.windows(unpack(codes[part], bits, dim), bits, states).long()]
+    assert same(values[part], expected.float().to(values.dtype))
+    torch.testing.assert_close(row_scales, scales.float() * (scale / dim**0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "states"), [(2, 12), (3, 12), (4, 8)])
+def test_trellis_codes_of_several_weights_are_decoded_as_each_alone(bits, states, grid):
+    dim, rows = 3072, (137, 1, 3072)
+    codes = [torch.randint(256, (n, packed_width(dim, bits)), device=CUDA, dtype=torch.uint8) for n in rows]
+    scales = [torch.rand(n, device=CUDA).bfloat16() for n in rows]
+    biases = [random(n, seed=n).to(CUDA, BF16) for n in rows]
+    values, row_scales, bias = decode_cuda.decode_all(codes, scales, biases, bits, dim, grid, states)
+    alone = [decode_cuda.decode(c, s, bits, dim, grid, states) for c, s in zip(codes, scales, strict=True)]
+    assert same(values, torch.cat([each.view(torch.uint8) for each, _ in alone]).view(values.dtype))
+    assert same(row_scales, torch.cat([each for _, each in alone]))
+    assert same(bias, torch.cat(biases))
+
+
+@pytest.mark.parametrize(("bits", "states"), TRELLISES)
+def test_trellis_codes_are_those_of_the_cpu(bits, states):
+    """Exactly, for few long rows and for more short ones than the device holds; twice the same."""
+    table = trellis.table(bits, states).float()
+    for rows, dim in ((3, 3072), (5, 1920), (1, 15360), (1500, 63), (12_000 if states == 8 else 1, 17)):
+        z = random(rows, dim, seed=dim)
+        codes = viterbi_cuda.encode(z.to(CUDA), table.to(CUDA), bits)
+        assert same(codes.cpu(), trellis.encode(z, bits, states))
+        assert same(codes, viterbi_cuda.encode(z.to(CUDA), table.to(CUDA), bits))
+    assert viterbi_cuda.encode(z[:0].to(CUDA), table.to(CUDA), bits).shape == (0, dim)
 
 
 @pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float16, torch.float32])

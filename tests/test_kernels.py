@@ -208,54 +208,98 @@ def test_bins_hold_the_nearest_levels(dim, bits, grid):
     assert own[-1] == levels[-1]
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("bits", PACKED_BITS)
-@pytest.mark.parametrize(
-    ("rows", "dim", "bias"),
-    [
-        ((1,), 16, False),
-        ((7,), 48, False),
-        ((9,), 3072, False),
-        ((300,), 16, False),
-        ((3, 5), 64, True),
-        ((2, 1, 70), 48, False),
-        ((1, 40, 2, 3), 32, True),
-    ],
-)
-def test_decode_is_exact(rows, dim, bias, bits, grid):
-    """Weights are decoded one after the other, and their biases collected."""
+def decode(packed, scales, biases, table, scale, bits, dim, states=0, resident=None, reverse=False):
+    """Bytes, row scales and biases of several weights, one after the other, by blocks of 64 threads."""
+    sizes = [len(codes) for codes in packed]
+    total = sum(sizes)
+    values, row_scales = torch.full((total, dim), 0x80, dtype=torch.uint8), torch.full((total,), torch.nan)
+    collected = torch.full((total,), torch.nan, dtype=torch.float16) if biases else None
+    missing = [None] * (decode_cuda.MEMBERS - len(sizes))
+    given = biases or [None] * len(sizes)
+    pointers = [*packed, *missing, *scales, *missing, *given, *missing, table, values, row_scales, collected]
+    ends = [sum(sizes[: i + 1]) for i in range(decode_cuda.MEMBERS - 1)]
+    bounds = [bound for end in ends for bound in (end * dim // decode_cuda.CHUNK, end)]
+    chunks = total * dim // decode_cuda.CHUNK
+    blocks = decode_cuda.blocks_for(chunks, 64, resident)
+    arguments = [*pointers, *bounds, chunks, total, dim // decode_cuda.CHUNK, scale]
+    defines = decode_cuda.compile_options(bits, states, len(sizes), bool(biases)) | {"THREADS": 64}
+    launch("decode.cu", "decode", (blocks, 1, 1), 64, 0, arguments, defines, reverse)
+    return values, row_scales, collected
+
+
+DECODED = [
+    ((1,), 16, False),
+    ((7,), 48, False),
+    ((9,), 3072, False),
+    ((300,), 16, False),
+    ((3, 5), 64, True),
+    ((2, 1, 70), 48, False),
+    ((1, 40, 2, 3), 32, True),
+]
+"""Rows of each weight, their width, and whether they have biases."""
+
+
+def some_weights(rows, dim, bias, bits):
     generator = torch.Generator().manual_seed(bits)
     codes = [torch.randint(1 << bits, (n, dim), generator=generator).to(torch.uint8) for n in rows]
-    packed = [pack(c, bits) for c in codes]
     scales = [random(n, seed=i).exp().bfloat16() for i, n in enumerate(rows)]
-    biases = [random(n, seed=9 + i).half() for i, n in enumerate(rows)]
+    biases = [random(n, seed=9 + i).half() for i, n in enumerate(rows)] if bias else None
+    return codes, [pack(c, bits) for c in codes], scales, biases
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize(("rows", "dim", "bias"), DECODED)
+def test_decode_is_exact(rows, dim, bias, bits, grid):
+    """Weights are decoded one after the other, and their biases collected."""
+    _, packed, scales, biases = some_weights(rows, dim, bias, bits)
     expected, expected_scales = reference.decode(torch.cat(packed), torch.cat(scales), bits, dim, grid)
-    codebook = on_grid(dim, bits, grid, False)
-    table = torch.from_numpy(grid_bytes(codebook.values, grid))
-    total, threads, unroll = sum(rows), 64, decode_cuda.UNROLL
-    chunks = total * dim // decode_cuda.CHUNK
-    missing = [None] * (decode_cuda.MEMBERS - len(rows))
-    ends = [sum(rows[: i + 1]) for i in range(decode_cuda.MEMBERS - 1)]
-    bounds = [bound for end in ends for bound in (end * dim // decode_cuda.CHUNK, end)]
-    given = biases if bias else [None] * len(rows)
-    defines = {"BITS": bits, "MEMBERS": len(rows), "BIAS": int(bias), "THREADS": threads, "UNROLL": unroll}
+    values, scale = decode_cuda.codebook(bits, 0, dim, grid)
+    table = torch.from_numpy(decode_cuda.table_of(values, bits, 0, 1, grid))
     for reverse in (False, True):
-        values, row_scales = torch.full((total, dim), 0x80, dtype=torch.uint8), torch.full((total,), torch.nan)
-        collected = torch.full((total,), torch.nan, dtype=torch.float16) if bias else None
-        pointers = [*packed, *missing, *scales, *missing, *given, *missing, table, values, row_scales, collected]
-        launch(
-            "decode.cu",
-            "decode",
-            (-(-chunks // (threads * unroll)), 1, 1),
-            threads,
-            0,
-            [*pointers, *bounds, chunks, total, codebook.scale],
-            defines,
-            reverse,
-        )
-        assert torch.equal(values, expected.view(torch.uint8))
+        found, row_scales, collected = decode(packed, scales, biases, table, scale, bits, dim, reverse=reverse)
+        assert torch.equal(found, expected.view(torch.uint8))
         assert torch.equal(row_scales, expected_scales)
         assert collected is None or torch.equal(collected, torch.cat(biases))
+
+
+def windows(codes, bits, states):
+    """The last `states` bits of each row's stream up to the end of each code, bit by bit."""
+    stream = (codes.numpy()[..., None] >> np.arange(bits) & 1).reshape(len(codes), -1)
+    stream = np.pad(stream, ((0, 0), (states - bits, 0)))
+    return sum(stream[:, k : k + codes.shape[1] * bits : bits].astype(np.int64) << k for k in range(states))
+
+
+TRELLISES = [(2, 4), (2, 8), (2, 12), (3, 9), (3, 12), (4, 4), (4, 10), (4, 12)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "bias", "bits", "states"),
+    [
+        (*weights, *trellis)
+        for weights in DECODED
+        for trellis in TRELLISES
+        if len(weights[0]) == 1 or trellis == (3, 12)
+    ],
+)
+def test_decode_of_trellis_codes_is_exact(rows, dim, bias, bits, states):
+    """Rows begin with zeros, whatever the row before ended with; and fewer blocks than chunks."""
+    codes, packed, scales, biases = some_weights(rows, dim, bias, bits)
+    values = torch.randint(-127, 128, (1 << states,), generator=torch.Generator().manual_seed(states)).double()
+    expected = values.numpy().astype(np.int8)[windows(torch.cat(codes), bits, states)]
+    at_once = decode_cuda.compile_options(bits, states, 1, False)["CODES"]
+    table = torch.from_numpy(decode_cuda.table_of(values, bits, states, at_once, "int8"))
+    for reverse, resident in ((False, None), (True, 1), (False, 2)):
+        found, row_scales, collected = decode(packed, scales, biases, table, 0.25, bits, dim, states, resident, reverse)
+        assert np.array_equal(found.view(torch.int8).numpy(), expected)
+        assert torch.equal(row_scales, torch.cat(scales).float() / 4)
+        assert collected is None or torch.equal(collected, torch.cat(biases))
+
+
+def test_blocks_that_decode_end_together():
+    assert decode_cuda.blocks_for(1, 512, 528) == 1
+    assert decode_cuda.blocks_for(3072 * 192, 512, None) == 576
+    assert decode_cuda.blocks_for(3072 * 192, 512, 528) == 288
 
 
 @pytest.mark.parametrize("bias", [None, *DTYPES])

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "kernels.reference": "codebook packing quantize rotation tables",
     "kernels.cpu": "codebook kernels.reference packing rotation tables",
     "kernels.rotate_encode": "codebook errors kernels.nvrtc rotation",
-    "kernels.decode": "codebook errors kernels.nvrtc",
+    "kernels.decode": "codebook errors kernels.nvrtc trellis",
     "kernels.matmul": "kernels.nvrtc",
     "kernels.viterbi": "errors kernels.nvrtc",
     "kernels.int4_linear": "kernels.nvrtc kernels.reference",

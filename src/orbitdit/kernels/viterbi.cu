@@ -1,14 +1,15 @@
 // Trellis codes of rows of numbers: the Viterbi algorithm, forward through a row and back.
 //
 // A state is the last STATES bits of the row's stream, its oldest bit lowest; a weight appends BITS bits on top. States
-// that differ in those alone form a group, for they have the same predecessors: the 2^BITS states of the group's number
-// shifted left. So M[g], the least cost of coming to group g, is all that the next weight needs, and a thread that holds
-// 16 states (HELD groups, LANES apart) reads 2^BITS entries of M for them, since their predecessors lie in one place.
-// Table values stay in registers, M goes through shared memory, the decisions (which predecessor: a byte a weight and
-// thread) go to global memory and come back in chunks for one thread a row that follows the path from its end.
+// that differ in those alone form a group (all other bits are its number), for they have the same predecessors: the
+// 2^BITS states whose upper bits are the group's number. So M[g], the least cost of coming to group g, is all that the
+// next weight needs. A thread holds 16 states, the predecessors of HELD groups; these are LANES apart, so that all 16
+// lie in the same 2^BITS groups, whose M it reads. Table values stay in registers, M goes through shared memory, and
+// the decisions (which predecessor; a byte a weight and thread) go to global memory. They come back in chunks for one
+// thread a row, which follows the path from its end.
 //
 // Every operation is rounded on its own and ties go to the lowest state, so all devices find the same codes. Costs are
-// not negative, hence in order as unsigned integers too, which sm_90 compares and selects at once.
+// not negative: as unsigned integers they are in the same order, infinity last.
 //
 // Compile-time: BITS (2, 3, 4), STATES (8 to 12), THREADS (a multiple of LANES), MIN_BLOCKS (a processor, for the
 // compiler's choice of registers).
