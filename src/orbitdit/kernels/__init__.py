@@ -4,6 +4,7 @@
     decode          packed codes -> values on the grid and one scale a row
     project         the layer, or several on one input side by side: encode, decode, multiply
     int4_linear     weight-only INT4, for modulation
+    viterbi         rows of about N(0, 1) -> trellis codes of least error, when a model is quantized
     exact_linear    the whole layer with fp32 centroids: the reference, and the route of devices without kernels
 
 A tensor core only multiplies, so centroids need not be uniform: each codebook is laid on the points of e4m3 (compute
@@ -18,6 +19,7 @@ from functools import cache
 
 import torch
 
+from orbitdit import trellis
 from orbitdit.codebook import GRID_DTYPES
 from orbitdit.errors import TensorError
 from orbitdit.kernels import cpu, reference
@@ -25,6 +27,7 @@ from orbitdit.kernels import decode as decode_cuda
 from orbitdit.kernels import int4_linear as int4_cuda
 from orbitdit.kernels import matmul as matmul_cuda
 from orbitdit.kernels import rotate_encode as rotate_encode_cuda
+from orbitdit.kernels import viterbi as viterbi_cuda
 
 EXACT, E4M3, INT8 = 0, 1, 2
 GRIDS = {"exact": EXACT, "e4m3": E4M3, "int8": INT8}
@@ -199,6 +202,12 @@ def _exact(x, codes, scales, bias, weight_bits, activation_bits, seed):
     return reference.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed))
 
 
+_define(
+    "viterbi(Tensor z, Tensor points, int bits) -> Tensor",
+    trellis.viterbi,
+    viterbi_cuda.encode,
+    lambda z, points, bits: z.new_empty(z.shape, dtype=torch.uint8),
+)
 _define(
     "rotate_encode(Tensor x, int bits, int seed, int grid) -> (Tensor, Tensor)",
     lambda x, bits, seed, grid: cpu.rotate_encode(x, bits, _seed(seed), _NAMES[grid]),
