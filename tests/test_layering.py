@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "tables": "",
     "codebook": "errors tables",
     "packing": "errors",
+    "trellis": "errors tables",
     "policy": "config errors packing",
     "quantize": "codebook errors packing rotation",
     "kernels.nvrtc": "errors",
@@ -33,7 +34,8 @@ MAY_IMPORT = {
     "kernels.viterbi": "errors kernels.nvrtc",
     "kernels.int4_linear": "kernels.nvrtc kernels.reference",
     "kernels": "codebook errors "
-    + " ".join(f"kernels.{name}" for name in ["cpu", "decode", "int4_linear", "matmul", "reference", "rotate_encode"]),
+    + "kernels.cpu kernels.decode kernels.int4_linear kernels.matmul kernels.reference kernels.rotate_encode "
+    + "kernels.viterbi trellis",
     "linear": "config errors kernels kernels.reference packing quantize",
     "model": "config errors kernels linear policy quantize",
     "checkpoint": "errors",

@@ -2,8 +2,10 @@
 
     rotate_encode   tokens -> values on a number grid and one scale a token
     decode          packed codes -> values on the grid and one scale a row
+    encode_decode   both, into memory that is given
     project         the layer, or several on one input side by side: encode, decode, multiply
     int4_linear     weight-only INT4, for modulation
+    viterbi         rows of about N(0, 1) -> trellis codes of least error, when a model is quantized
     exact_linear    the whole layer with fp32 centroids: the reference, and the route of devices without kernels
 
 A tensor core only multiplies, so centroids need not be uniform: each codebook is laid on the points of e4m3 (compute
@@ -14,10 +16,12 @@ capability 8.9 and newer) or int8 (8.0 and newer), and a layer of any bit width 
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
+from orbitdit import trellis
 from orbitdit.codebook import GRID_DTYPES
 from orbitdit.errors import TensorError
 from orbitdit.kernels import cpu, reference
@@ -25,6 +29,7 @@ from orbitdit.kernels import decode as decode_cuda
 from orbitdit.kernels import int4_linear as int4_cuda
 from orbitdit.kernels import matmul as matmul_cuda
 from orbitdit.kernels import rotate_encode as rotate_encode_cuda
+from orbitdit.kernels import viterbi as viterbi_cuda
 
 EXACT, E4M3, INT8 = 0, 1, 2
 GRIDS = {"exact": EXACT, "e4m3": E4M3, "int8": INT8}
@@ -67,16 +72,36 @@ def fits(shape: tuple[int, int], bits: tuple[int, int]) -> bool:
     return rotate_encode_cuda.supported(shape[0]) and shape[1] % 16 == 0 and max(bits) <= GRID_BITS
 
 
-def choose(
-    forced: int | None, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], bits: tuple[int, int]
-) -> int:
-    """The grid that a layer of `shape` (in, out) and `bits` (weight, activation) runs on: this is decided here alone.
-
-    Exact for fp32 and fp64 inputs, for 8-bit codes and unquantized activations, and for widths that no kernel takes.
-    """
-    if not fits(shape, bits) or dtype not in (torch.bfloat16, torch.float16):
+def choose(forced: int | None, device: torch.device, dtype: torch.dtype) -> int:
+    """The grid that a layer which `fits` runs on: this is decided here alone. Exact for fp32 and fp64 inputs."""
+    if dtype not in (torch.bfloat16, torch.float16):
         return EXACT
     return GRIDS[device_grids(device)[0]] if forced is None else forced
+
+
+def project(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    weight_bits: Sequence[int],
+    activation_bits: int,
+    seed: int,
+    grid: int,
+) -> torch.Tensor:
+    """The op `project` in the way that costs the host least.
+
+    A compiler sees the products and allocates for itself, and eager mode on CUDA calls the kernels without torch's
+    dispatcher, where nothing listens in on it.
+    """
+    arguments = x, weights, scales, biases, weight_bits, activation_bits, seed, grid
+    if x.is_cuda:
+        if torch.compiler.is_compiling():
+            if grid == E4M3 and _scaled_together(x, weights, biases, weight_bits):
+                return _project_e4m3(ops.encode_decode, *arguments[:-1])
+        elif type(x) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
+            return _project_on_cuda(*arguments)
+    return ops.project(*arguments)
 
 
 def signed(seed: int) -> int:
@@ -144,9 +169,34 @@ def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, se
     return y.view(*x.shape[:-1], y.shape[1])
 
 
+def _encode_decode_on_cpu(
+    x, codes, scales, biases, bits, activation_bits, seed, grid, values, token_scales, weight, row_scales, bias
+):
+    encoded = cpu.rotate_encode(x, activation_bits, _seed(seed), _NAMES[grid])
+    values.copy_(encoded[0])
+    token_scales.view(-1).copy_(encoded[1])
+    first = 0
+    for packed, scale in zip(codes, scales, strict=True):
+        rows = slice(first, first + packed.shape[0])
+        weight[rows], row_scales.view(-1)[rows] = reference.decode(packed, scale, bits, x.shape[1], _NAMES[grid])
+        first = rows.stop
+    if bias is not None:
+        bias.copy_(torch.cat(biases))
+
+
+def _encode_decode_on_cuda(
+    x, codes, scales, biases, bits, activation_bits, seed, grid, values, token_scales, weight, row_scales, bias
+):
+    _check_devices(x, codes)
+    rotate_encode_cuda.rotate_encode_into(x, activation_bits, _seed(seed), _NAMES[grid], values, token_scales)
+    decode_cuda.decode_into(codes, scales, biases, bits, _NAMES[grid], weight, row_scales, bias)
+
+
 def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
     """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued;
     torch's allocator hands the memory to the next layer."""
+    if grid == E4M3 and x.numel() and _scaled_together(x, weights, biases, weight_bits):
+        return _project_e4m3(_encode_decode_on_cuda, x, weights, scales, biases, weight_bits, activation_bits, seed)
     _check_devices(x, weights)
     dim, name = x.shape[-1], _NAMES[grid]
     tokens = x if x.ndim == 2 else x.reshape(-1, dim)
@@ -162,6 +212,33 @@ def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, s
             parts.append(matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype))
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _scaled_together(x, weights, biases, weight_bits):
+    """Whether `_project_e4m3` takes this: weights that are decoded alike, at a size that has row and column scales."""
+    if not _decoded_alike(weights, biases, weight_bits):
+        return False
+    dim = x.shape[-1]
+    return matmul_cuda.has_row_scales(x.numel() // dim, sum(weight.shape[0] for weight in weights), dim)
+
+
+def _project_e4m3(encode_decode, x, codes, scales, biases, weight_bits, activation_bits, seed):
+    """`project` in one encoding, one decoding and one product; `encode_decode` is the op or what it calls."""
+    dim, device, rows = x.shape[-1], x.device, 0
+    tokens = x if x.ndim == 2 else x.reshape(-1, dim)
+    for packed in codes:
+        rows += packed.shape[0]
+    values = torch.empty((tokens.shape[0], dim), dtype=torch.float8_e4m3fn, device=device)
+    token_scales = torch.empty((tokens.shape[0], 1), dtype=torch.float32, device=device)
+    weight = torch.empty((rows, dim), dtype=torch.float8_e4m3fn, device=device)
+    row_scales = torch.empty((1, rows), dtype=torch.float32, device=device)
+    bias, into = biases[0], None
+    if bias is not None and len(codes) > 1:
+        bias = into = torch.empty((rows,), dtype=bias.dtype, device=device)
+    outputs = values, token_scales, weight, row_scales, into
+    encode_decode(tokens, codes, scales, biases, weight_bits[0], activation_bits, seed, E4M3, *outputs)
+    y = matmul_cuda.scaled_mm(values, token_scales, weight, row_scales, bias, x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], rows)
 
 
 def _check_devices(x, weights):
@@ -200,6 +277,12 @@ def _exact(x, codes, scales, bias, weight_bits, activation_bits, seed):
 
 
 _define(
+    "viterbi(Tensor z, Tensor points, int bits) -> Tensor",
+    trellis.viterbi,
+    viterbi_cuda.encode,
+    lambda z, points, bits: z.new_empty(z.shape, dtype=torch.uint8),
+)
+_define(
     "rotate_encode(Tensor x, int bits, int seed, int grid) -> (Tensor, Tensor)",
     lambda x, bits, seed, grid: cpu.rotate_encode(x, bits, _seed(seed), _NAMES[grid]),
     lambda x, bits, seed, grid: rotate_encode_cuda.rotate_encode(x, bits, _seed(seed), _NAMES[grid]),
@@ -210,6 +293,14 @@ _define(
     lambda codes, scales, bits, dim, grid: reference.decode(codes, scales, bits, dim, _NAMES[grid]),
     lambda codes, scales, bits, dim, grid: decode_cuda.decode(codes, scales, bits, dim, _NAMES[grid]),
     _decode_fake,
+)
+_define(
+    "encode_decode(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] biases, int weight_bits, int activation_bits,"
+    " int seed, int grid, Tensor(a!) values, Tensor(b!) token_scales, Tensor(c!) weight, Tensor(d!) row_scales,"
+    " Tensor(e!)? bias) -> ()",
+    _encode_decode_on_cpu,
+    _encode_decode_on_cuda,
+    lambda *_: None,
 )
 _define(
     "project(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int[] weight_bits, int activation_bits,"

@@ -67,13 +67,21 @@ def rotate_encode(x: Tensor, bits: int, seed: int, grid: str, tile: Tile | None 
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TensorError(f"rotate_encode takes bf16 or fp16 tokens; got {x.dtype}")
-    tokens, dim = x.shape
-    x = readable(x)
-    values = torch.empty(tokens, dim, dtype=GRID_DTYPES[grid], device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    if tokens:
-        _launcher(dim, bits, seed, grid, x.dtype == torch.float16, tile, x.device.index)(x, values, scales)
+    values = torch.empty(x.shape, dtype=GRID_DTYPES[grid], device=x.device)
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    rotate_encode_into(x, bits, seed, grid, values, scales, tile)
     return values, scales
+
+
+def rotate_encode_into(
+    x: Tensor, bits: int, seed: int, grid: str, values: Tensor, scales: Tensor, tile: Tile | None = None
+) -> None:
+    """`rotate_encode` into contiguous `values` (tokens, dim) and `scales` of as many numbers as tokens."""
+    tokens, dim = x.shape
+    if tokens:
+        device = x.device.index
+        launch = _launcher(dim, bits, seed, grid, x.dtype == torch.float16, tile, device)
+        launch(readable(x).data_ptr(), values.data_ptr(), scales.data_ptr(), tokens)
 
 
 def tile_of(dim: int) -> Tile:
@@ -96,13 +104,11 @@ def _launcher(dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile 
     resident = processors(device) * max(1, built.blocks_per_processor(threads, shared))
     to_unit, slope = scaling(dim, slope, tile)
 
-    def launch(x: Tensor, values: Tensor, scales: Tensor) -> None:
-        tokens = x.shape[0]
+    def launch(x: int, values: int, scales: int, tokens: int) -> None:
         groups = -(-tokens // tile.tokens)
         rounds = -(-groups // resident)
         blocks = -(-groups // rounds)  # all blocks are done at the same time
-        pointers = x.data_ptr(), gather_on, bins_on, values.data_ptr(), scales.data_ptr()
-        built.launch(blocks, threads, shared, *pointers, tokens, to_unit, slope, scale)
+        built.launch(blocks, threads, shared, x, gather_on, bins_on, values, scales, tokens, to_unit, slope, scale)
 
     return launch
 
