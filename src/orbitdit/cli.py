@@ -38,6 +38,7 @@ class Device(str, Enum):
 Model = Annotated[str | None, typer.Argument(help="Model folder or hub id; the embedded model if left out.")]
 Bits = Annotated[str, typer.Option(help="Bits of weights and activations, such as w4a4, w2a4 or w4a16.")]
 RotationSeed = Annotated[int, typer.Option("--seed", help="Seed of the rotations.")]
+Recipe = Annotated[str | None, typer.Option(help="How weights become codes: best (if left out) or paper.")]
 Rules = Annotated[
     list[str] | None,
     typer.Option("--rule", help="GLOB=ACTION over layer names; quantize, int4, keep, or bits. Repeatable."),
@@ -56,6 +57,7 @@ NoiseSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the initi
 def plan(
     model: Model = None,
     bits: Bits = "w4a4",
+    recipe: Recipe = None,
     seed: RotationSeed = 0,
     rule: Rules = None,
     out: Annotated[Path | None, typer.Option(help="Also write the plan, layer by layer, to this JSON file.")] = None,
@@ -65,7 +67,7 @@ def plan(
     from orbitdit.model import plan as plan_model
     from orbitdit.report import plan_dict, plan_table, write_json
 
-    config = _config(bits, seed, rule)
+    config = _config(bits, seed, rule, recipe)
     plans = [plan_model(skeleton(path), config) for path in transformers_in(_find(model, weights=False)).values()]
     if out is not None and out.exists():
         raise CheckpointError(f"--out {out} exists: choose another file")
@@ -80,6 +82,7 @@ def plan(
 def quantize(
     model: Model = None,
     bits: Bits = "w4a4",
+    recipe: Recipe = None,
     seed: RotationSeed = 0,
     rule: Rules = None,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("quantized"),
@@ -87,7 +90,7 @@ def quantize(
     """Write a quantized copy of a model or a whole pipeline."""
     from orbitdit.integrations.folders import quantize_folder
 
-    quantize_folder(_find(model), out, _config(bits, seed, rule))
+    quantize_folder(_find(model), out, _config(bits, seed, rule, recipe))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:,.1f} MB")
 
@@ -99,6 +102,7 @@ def generate(
     bits: Annotated[
         str | None, typer.Option(help="Quantize while loading, such as w4a4; as stored if left out.")
     ] = None,
+    recipe: Recipe = None,
     seed: NoiseSeed = 0,
     rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
     rule: Rules = None,
@@ -118,9 +122,9 @@ def generate(
 
     if not prompt:
         raise ConfigError("there is nothing to generate: give at least one --prompt")
-    if bits is None and (rule or rotation_seed):
-        raise ConfigError("--rule and --rotation-seed have no effect without --bits: give --bits too")
-    config = _config(bits, rotation_seed, rule) if bits is not None else None
+    if bits is None and (rule or rotation_seed or recipe):
+        raise ConfigError("--recipe, --rule and --rotation-seed have no effect without --bits: give --bits too")
+    config = _config(bits, rotation_seed, rule, recipe) if bits is not None else None
     folder, where = _find(model), _device(device)
     with new_folder(out) as scratch:
         dtype = evaluate.compute_dtype(where)
@@ -140,6 +144,7 @@ def generate(
 def compare(
     model: Model = None,
     bits: Annotated[list[str] | None, typer.Option(help="A setting to compare. Repeatable; w4a4 and w2a4.")] = None,
+    recipe: Recipe = None,
     prompt: Prompts = None,
     per_category: Annotated[
         int, typer.Option(min=1, help="Without --prompt: prompts of each of the six categories (embedded model).")
@@ -159,14 +164,14 @@ def compare(
     from orbitdit import evaluate
     from orbitdit.report import picture_grid, results_dict, results_table, write_json
 
-    configs, where = [_config(b, rotation_seed, rule) for b in bits or ["w4a4", "w2a4"]], _device(device)
+    configs, where = [_config(b, rotation_seed, rule, recipe) for b in bits or ["w4a4", "w2a4"]], _device(device)
     prompts = prompt or ([p.text for p in benchmark(per_category)] if model is None else [])
     options = _options(steps, guidance, height, width, frames)
     with new_folder(out) as scratch:
         results = evaluate.compare(_find(model), configs, prompts, seed, where, **options)
         picture_grid(results, prompts).save(scratch / "grid.png", optimize=True)
         settings = {"model": model or "embedded", "device": where, "seed": seed, "rotation_seed": rotation_seed}
-        settings |= {"rules": rule or [], **options}
+        settings |= {"recipe": recipe or "best", "rules": rule or [], **options}
         write_json(results_dict(results, prompts, **settings), scratch / "results.json")
     Console().print(results_table(results, prompts))
     print(f"pictures: {out / 'grid.png'}   figures: {out / 'results.json'}")
@@ -190,14 +195,14 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _config(bits: str, seed: int, rules: list[str] | None) -> OrbitQuantConfig:
+def _config(bits: str, seed: int, rules: list[str] | None, recipe: str | None) -> OrbitQuantConfig:
     pairs = []
     for rule in rules or []:
         glob, separator, action = rule.partition("=")
         if not separator:
             raise ConfigError(f"--rule {rule!r} is not GLOB=ACTION, such as '*.ff.*=w6a6'")
         pairs.append((glob, action))
-    return OrbitQuantConfig(bits, seed=seed, rules=tuple(pairs))
+    return OrbitQuantConfig(bits, recipe, seed=seed, rules=tuple(pairs))
 
 
 def _find(model: str | None, weights: bool = True) -> Path:

@@ -6,7 +6,7 @@ number: enough for code that looks at a layer's weight without using its values.
 
 The forward pass is, with n_i and t the norms of row i and of the token,
 
-    y_i = n_i * t * <c_W(i), c_A> + bias_i        (OrbitQuant, arXiv 2607.02461)
+    y_i = n_i * t * <c_W(i), c_A> + bias_i        (OrbitQuant, arXiv 2607.02461; for n_i also see `quantize`)
 
 in the steps of `kernels`: encode the tokens, decode the codes, multiply. Which grid the centroids lie on is a matter of
 the device that runs the layer, and no part of a checkpoint.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from orbitdit import kernels
+from orbitdit import kernels, trellis
 from orbitdit.config import ACTIVATION_BITS
 from orbitdit.errors import ConfigError, TensorError
 from orbitdit.kernels import EXACT, ops
@@ -98,14 +98,16 @@ def _version(x: Tensor) -> int:
 def _project(layers: tuple["OrbitLinear", ...], x: Tensor, grid: int) -> tuple[Tensor, ...]:
     """The outputs of `layers`, which encode alike, for `x` (..., dim): views of one tensor."""
     first = layers[0]
-    weights, scales, biases, bits = [], [], [], []
+    weights, scales, biases, bits, states = [], [], [], [], []
     for layer in layers:
         weight, scale = layer.operands(grid)
         weights.append(weight)
         scales.append(scale)
         biases.append(layer.bias)
         bits.append(layer.weight_bits)
-    y = kernels.project(x, weights, scales, biases, bits, first.activation_bits, kernels.signed(first.seed), grid)
+        states.append(layer.states)
+    token = first.activation_bits, kernels.signed(first.seed)
+    y = kernels.project(x, weights, scales, biases, bits, states, *token, grid)
     return (y,) if len(layers) == 1 else y.split([layer.out_features for layer in layers], dim=-1)
 
 
@@ -155,6 +157,8 @@ def _empty(rows: int, dim: int, bits: int, scales: tuple[int, ...], device) -> Q
 class OrbitLinear(_PackedLinear):
     """A linear layer with `weight_bits` codes and one bf16 scale a row, on activations of `activation_bits`.
 
+    The codes are those of a trellis of 2^`states` states (see `trellis`), or scalar ones if `states` is 0.
+
     Made by `from_linear`, or empty (to load a state dict into) by the constructor. `forward` takes (..., in) in fp32,
     bf16 or fp16 and gives (..., out) in the same dtype; it raises TensorError for other inputs. bf16 and fp16 run
     on the grid of the device (see `kernels.choose`) or on `grid`, if that is set. fp32 inputs, and what no grid takes,
@@ -169,6 +173,7 @@ class OrbitLinear(_PackedLinear):
         *,
         weight_bits: int,
         activation_bits: int,
+        states: int = 0,
         seed: int = 0,
         quantized: QuantizedWeight | None = None,
         device: torch.device | str | None = None,
@@ -176,9 +181,11 @@ class OrbitLinear(_PackedLinear):
         if activation_bits not in ACTIVATION_BITS:
             allowed = ", ".join(map(str, ACTIVATION_BITS))
             raise ConfigError(f"activation_bits={activation_bits!r} is not supported; choose one of {allowed}")
+        if states:
+            trellis.check(weight_bits, states)
         quantized = quantized or _empty(out_features, in_features, weight_bits, (out_features,), device)
         super().__init__(in_features, out_features, bias, quantized)
-        self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed
+        self.weight_bits, self.activation_bits, self.states, self.seed = weight_bits, activation_bits, states, seed
         self.fits = kernels.fits((in_features, out_features), (weight_bits, activation_bits))
         self.grid: int | None = None
         self.resident = False
@@ -190,30 +197,40 @@ class OrbitLinear(_PackedLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, weight_bits: int, activation_bits: int, seed: int = 0, name: str = "weight"
+        cls,
+        linear: nn.Linear,
+        weight_bits: int,
+        activation_bits: int,
+        seed: int = 0,
+        name: str = "weight",
+        *,
+        states: int = 0,
+        scale: str = "norm",
     ) -> "OrbitLinear":
-        """Quantize `linear`, on its device; its bias is shared. Raises as `quantize_weight` does."""
+        """Quantize `linear`, on its device; its bias is shared. Arguments and errors are those of `quantize_weight`."""
         return cls(
             linear.in_features,
             linear.out_features,
             linear.bias,
             weight_bits=weight_bits,
             activation_bits=activation_bits,
+            states=states,
             seed=seed,
-            quantized=quantize_weight(linear.weight, weight_bits, seed, name),
+            quantized=quantize_weight(linear.weight, weight_bits, seed, name, states=states, scale=scale),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        bits, shape = (self.weight_bits, self.activation_bits), (self.in_features, self.out_features)
+        packed, bits = (self.codes, self.scales, self.bias), (self.weight_bits, self.activation_bits)
+        shape = self.in_features, self.out_features
         if torch.is_grad_enabled() and x.requires_grad:
             with torch.autocast(x.device.type, enabled=False):
-                y = exact_linear(x.reshape(-1, shape[0]), self.codes, self.scales, self.bias, *bits, self.seed)
+                y = exact_linear(x.reshape(-1, shape[0]), *packed, *bits, self.seed, self.states)
             return y.view(*x.shape[:-1], shape[1])
         grid = kernels.choose(self.grid, x.device, x.dtype) if self.fits else EXACT
         if grid == EXACT:
             tokens = x.reshape(-1, shape[0])
-            y = ops.exact_linear(tokens, self.codes, self.scales, self.bias, *bits, kernels.signed(self.seed))
+            y = ops.exact_linear(tokens, *packed, *bits, kernels.signed(self.seed), self.states)
             return y.view(*x.shape[:-1], shape[1])
         shared = self.shared_input
         if shared is not None and shared.members[self.shared_place] is self:  # else this is a shallow copy
@@ -234,16 +251,17 @@ class OrbitLinear(_PackedLinear):
         self.resident = resident and chosen != EXACT
         if self.resident:
             self.grid = chosen  # values of one grid mean nothing on that of the next device
-            values, scales = ops.decode(self.codes, self.scales, self.weight_bits, self.in_features, chosen)
+            bits, dim = self.weight_bits, self.in_features
+            values, scales = ops.decode(self.codes, self.scales, bits, dim, chosen, self.states)
             self.resident_values, self.resident_scales = values.view(torch.uint8), scales.view(torch.int32)
 
     def dequantize(self) -> Tensor:
-        return dequantize_weight(
-            QuantizedWeight(self.codes, self.scales), self.weight_bits, self.in_features, self.seed
-        )
+        packed = QuantizedWeight(self.codes, self.scales)
+        return dequantize_weight(packed, self.weight_bits, self.in_features, self.seed, self.states)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, W{self.weight_bits}A{self.activation_bits}"
+        codes = f", trellis 2^{self.states}" if self.states else ""
+        return f"{super().extra_repr()}, W{self.weight_bits}A{self.activation_bits}{codes}"
 
 
 class Int4Linear(_PackedLinear):

@@ -136,7 +136,8 @@ def quantize_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear 
     name = f"{row.name}.weight"
     if row.action == "int4":
         return Int4Linear.from_linear(linear, name)
-    return OrbitLinear.from_linear(linear, row.weight_bits, row.activation_bits, seed, name)
+    bits = row.weight_bits, row.activation_bits
+    return OrbitLinear.from_linear(linear, *bits, seed, name, states=row.states, scale=row.scale)
 
 
 def empty_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | Int4Linear:
@@ -144,8 +145,14 @@ def empty_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | I
     size, device = (row.in_features, row.out_features, linear.bias), linear.weight.device
     if row.action == "int4":
         return Int4Linear(*size, device=device)
-    bits, activation_bits = row.weight_bits, row.activation_bits
-    return OrbitLinear(*size, weight_bits=bits, activation_bits=activation_bits, seed=seed, device=device)
+    return OrbitLinear(
+        *size,
+        weight_bits=row.weight_bits,
+        activation_bits=row.activation_bits,
+        states=row.states,
+        seed=seed,
+        device=device,
+    )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

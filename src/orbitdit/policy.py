@@ -88,7 +88,11 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's fate: `action` is "quantize", "int4" or "keep". Bytes count weight, scales and bias."""
+    """One layer's fate: `action` is "quantize", "int4" or "keep". Bytes count weight, scales and bias.
+
+    Quantized weights are trellis codes of 2^`states` states, or scalar ones if that is 0, with the `scale` that
+    `OrbitQuantConfig` names; other layers have 0 and "".
+    """
 
     name: str
     in_features: int
@@ -96,6 +100,8 @@ class LayerPlan:
     action: str
     weight_bits: int
     activation_bits: int
+    states: int
+    scale: str
     block_size: int
     reason: str
     bytes_before: int
@@ -111,6 +117,13 @@ class LayerPlan:
         """The fate in a word: "W4A4", "INT4" or "kept"."""
         named = {"int4": "INT4", "keep": "kept"}
         return named.get(self.action, f"W{self.weight_bits}A{self.activation_bits}")
+
+    @property
+    def coding(self) -> str:
+        """How the weights of a quantized layer are coded: "trellis 2^12, unbiased" or "scalar, norm"; else empty."""
+        if self.action != "quantize":
+            return ""
+        return f"{f'trellis 2^{self.states}' if self.states else 'scalar'}, {self.scale}"
 
 
 @dataclass(frozen=True)
@@ -195,9 +208,9 @@ def _decide(layer: Layer, rules: Sequence[Rule], config: OrbitQuantConfig) -> La
     bias = n * layer.itemsize * layer.bias
     before = n * d * layer.itemsize
     after = before if action == "keep" else _coded_size(action, weight_bits, n, d)
-    return LayerPlan(
-        layer.name, d, n, action, weight_bits, activation_bits, d & -d, reason, before + bias, after + bias
-    )
+    states, scale = (config.states(weight_bits), config.scale) if action == "quantize" else (0, "")
+    coded = action, weight_bits, activation_bits, states, scale
+    return LayerPlan(layer.name, d, n, *coded, d & -d, reason, before + bias, after + bias)
 
 
 def _coded_size(action: str, weight_bits: int, rows: int, dim: int) -> int:

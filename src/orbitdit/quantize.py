@@ -1,9 +1,15 @@
 """A weight matrix to codes and scales, and back.
 
-`quantize_weight` is the paper's: rotate each row w_i, store its norm n_i = ||R w_i|| in bf16 and the nearest
-centroids of R w_i / n_i at b bits. `quantize_int4` is for the modulation layers: symmetric round-to-nearest
-in groups of 64 inputs with scale = absmax / 7. Both work in fp64, row block by row block, so that the same
-weight gives the same codes on every device and in every version: rounding differences practically never decide.
+Each row w_i is rotated, w'_i = R w_i, and divided by its norm n_i = ||w'_i||. Its codes are then the nearest centroids
+(the paper's), or those of a trellis (see `trellis`), and stand for a row w^'_i. What is stored as the row's scale, in
+bf16, is n_i ("norm", the paper's) or n_i * ||w'_i||^2 / <w'_i, w^'_i> ("unbiased"). Codes of least squared error shrink
+what they stand for, by 12% at 2 bits; the unbiased scale, that of EDEN (Vargaftik et al., arXiv 2108.08842), undoes it:
+w_i times what its codes stand for is ||w_i||^2 again.
+
+`quantize_int4` is for the modulation layers: symmetric round-to-nearest in groups of 64 inputs with scale = absmax / 7.
+
+All work in fp64 (the trellis search in fp32), row block by row block, so that the same weight gives the same codes on
+every device and in every version: rounding differences practically never decide.
 """
 
 from typing import NamedTuple
@@ -11,8 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from orbitdit import trellis
 from orbitdit.codebook import codebook_on, look_up, nearest
-from orbitdit.errors import TensorError
+from orbitdit.config import SCALES
+from orbitdit.errors import ConfigError, TensorError
 from orbitdit.packing import GROUP, pack, packed_width, unpack
 from orbitdit.rotation import rotation
 
@@ -36,31 +44,54 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         raise TensorError(f"{name} holds NaN or Inf: repair the checkpoint before quantizing it")
 
 
-def quantize_weight(weight: Tensor, bits: int, seed: int = 0, name: str = "weight") -> QuantizedWeight:
-    """Codes and row norms of `weight` (rows, dim) at 2, 3, 4, 6 or 8 bits, on its device; paper, section 3.
+def quantize_weight(
+    weight: Tensor, bits: int, seed: int = 0, name: str = "weight", *, states: int = 0, scale: str = "norm"
+) -> QuantizedWeight:
+    """Codes and row scales of `weight` (rows, dim), on its device: scalar ones at 2, 3, 4, 6 or 8 bits, or trellis ones
+    with 2**`states` states (see `trellis`).
 
-    A row of zeros gets scale zero. Raises TensorError for weights that `check_weight` refuses, ConfigError for
-    other bits; `name` is used in messages.
+    A row of zeros gets scale zero. Raises TensorError for weights that `check_weight` refuses, ConfigError for other
+    bits, states and scales; `name` is used in messages.
     """
     check_weight(weight, name)
+    if scale not in SCALES:
+        raise ConfigError(f"scale={scale!r} is not supported; choose one of {', '.join(SCALES)}")
     dim = weight.shape[1]
     packed_width(dim, bits)
+    points, step = weight_points(dim, bits, states, weight.device, torch.float64)
     boundaries = codebook_on(dim, bits, weight.device, torch.float64).boundaries
 
     def encode(block: Tensor) -> QuantizedWeight:
         rotated = rotation(dim, seed).apply(block.double())
         norm = rotated.norm(dim=1)
         unit = rotated / norm.where(norm > 0, 1)[:, None]
-        return QuantizedWeight(pack(nearest(unit, boundaries), bits), norm.to(torch.bfloat16))
+        codes = trellis.encode((unit * dim**0.5).float(), bits, states) if states else nearest(unit, boundaries)
+        if scale == "unbiased":
+            projection = (unit * look_up(indices(codes, bits, states), points)).sum(1) * step
+            norm = norm * (unit.square().sum(1) / projection).where(projection > 0, 1)
+        return QuantizedWeight(pack(codes, bits), norm.to(torch.bfloat16))
 
     return _by_rows(encode, weight)
 
 
-def dequantize_weight(quantized: QuantizedWeight, bits: int, dim: int, seed: int = 0) -> Tensor:
+def dequantize_weight(quantized: QuantizedWeight, bits: int, dim: int, seed: int = 0, states: int = 0) -> Tensor:
     """The weight (rows, dim) in fp32 that the codes stand for, rotated back."""
-    centroids = codebook_on(dim, bits, quantized.codes.device, torch.float32).centroids
-    rotated = look_up(unpack(quantized.codes, bits, dim), centroids) * quantized.scales.float()[:, None]
+    points, step = weight_points(dim, bits, states, quantized.codes.device, torch.float32)
+    rows = look_up(indices(unpack(quantized.codes, bits, dim), bits, states), points)
+    rotated = rows * (quantized.scales.float() * step)[:, None]
     return rotation(dim, seed).inverse(rotated)
+
+
+def weight_points(dim: int, bits: int, states: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """`points` in `dtype`, and `step`: a row of scale n stands for n * step * points[indices]."""
+    if states:
+        return trellis.table_on(bits, states, device, dtype), dim**-0.5
+    return codebook_on(dim, bits, device, dtype).centroids, 1.0
+
+
+def indices(codes: Tensor, bits: int, states: int) -> Tensor:
+    """Which of `weight_points` each of the unpacked `codes` (rows, dim) stands for: itself, or a window on the row."""
+    return trellis.windows(codes, bits, states) if states else codes
 
 
 def quantize_int4(weight: Tensor, name: str = "weight") -> QuantizedWeight:

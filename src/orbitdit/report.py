@@ -28,6 +28,7 @@ def plan_table(plan: Plan, wide: bool = True) -> Table:
     table = Table(
         title=f"{plan.model} at {plan.config.label}",
         caption=f"{quantized} layers quantized, {int4} INT4, {kept} kept.\n"
+        f"{_codings(plan)}"
         f"Changed layers: {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)} MB; "
         f"{plan.effective_bits:.3f} stored bits per quantized weight.",
         box=box.SIMPLE_HEAD,
@@ -44,6 +45,12 @@ def plan_table(plan: Plan, wide: bool = True) -> Table:
         more = ([block, before], [row.reason]) if wide else ([], [])
         table.add_row(pattern, str(count), row.label, size, *more[0], after, *more[1])
     return table
+
+
+def _codings(plan: Plan) -> str:
+    """A line that says how the weights of the quantized layers are coded."""
+    kinds = sorted({(row.weight_bits, row.coding) for row in plan.select("quantize")})
+    return f"Weights at {'; at '.join(f'{bits} bits: {coding}' for bits, coding in kinds)}.\n" if kinds else ""
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:

@@ -27,16 +27,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from orbitdit.config import TRELLIS_BITS, TRELLIS_STATES
 from orbitdit.errors import CheckpointError, ConfigError
 from orbitdit.tables import shared
 
-BITS = (2, 3, 4)
-"""Bits that there are tables for."""
-STATES = (8, 10, 12)
-"""L, for 2^L states, that there are tables for."""
 UNIT = 1 / 32
 """Table values are whole multiples of it."""
-SHA256 = "03c10ff61f6b701c7e1670f4b2ba4a8b6ab0fd33d1ae6daeb8955b3d6213f9fa"
+SHA256 = "bed89d3dd4cbf148da5ce88b029b7ee5e8d34673bda471bf22718673b87d8c09"
 CHUNK_STATES = 1 << 17
 """Rows times states that a thread works on at a time: what its core's cache holds."""
 
@@ -59,7 +56,7 @@ def table_on(bits: int, states: int, device: torch.device, dtype: torch.dtype) -
 
 def check(bits: int, states: int) -> None:
     """Raise ConfigError unless there is a table for these."""
-    for name, value, allowed in (("bits", bits, BITS), ("states", states, STATES)):
+    for name, value, allowed in (("bits", bits, TRELLIS_BITS), ("states", states, TRELLIS_STATES)):
         if type(value) is not int or value not in allowed:
             raise ConfigError(
                 f"a trellis with {name}={value!r} is not supported; choose {', '.join(map(str, allowed))}"

@@ -10,6 +10,7 @@
 
 A tensor core only multiplies, so centroids need not be uniform: each codebook is laid on the points of e4m3 (compute
 capability 8.9 and newer) or int8 (8.0 and newer), and a layer of any bit width is encode, decode, one library GEMM.
+Weights may be scalar codes or those of a trellis: `states` beside their bits tells (0: scalar, else see `trellis`).
 
 `reference` defines each op in plain torch and runs it where there are no kernels. On CUDA the kernels run, or raise.
 `torch.compile` sees ops with known shapes; tables are kept beside them by value (dim, bits, seed, grid), not in graphs.
@@ -85,6 +86,7 @@ def project(
     scales: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     weight_bits: Sequence[int],
+    weight_states: Sequence[int],
     activation_bits: int,
     seed: int,
     grid: int,
@@ -94,10 +96,10 @@ def project(
     A compiler sees the products and allocates for itself, and eager mode on CUDA calls the kernels without torch's
     dispatcher, where nothing listens in on it.
     """
-    arguments = x, weights, scales, biases, weight_bits, activation_bits, seed, grid
+    arguments = x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid
     if x.is_cuda:
         if torch.compiler.is_compiling():
-            if grid == E4M3 and _scaled_together(x, weights, biases, weight_bits):
+            if grid == E4M3 and _scaled_together(x, weights, biases, weight_bits, weight_states):
                 return _project_e4m3(ops.encode_decode, *arguments[:-1])
         elif type(x) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
             return _project_on_cuda(*arguments)
@@ -143,7 +145,7 @@ def _rotate_encode_fake(x, bits, seed, grid):
     return x.new_empty(x.shape, dtype=dtype_of(grid)), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-def _decode_fake(codes, scales, bits, dim, grid):
+def _decode_fake(codes, scales, bits, dim, grid, states=0):
     rows = codes.shape[0]
     return codes.new_empty((rows, dim), dtype=dtype_of(grid)), codes.new_empty((rows,), dtype=torch.float32)
 
@@ -156,13 +158,13 @@ def _rows_fake(x, codes, *_):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
+def _project_on_cpu(x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid):
     tokens = x.reshape(-1, x.shape[-1])
     values, token_scales = cpu.rotate_encode(tokens, activation_bits, _seed(seed), _NAMES[grid])
     outputs = []
-    for weight, scale, bias, bits in zip(weights, scales, biases, weight_bits, strict=True):
+    for weight, scale, bias, bits, states in zip(weights, scales, biases, weight_bits, weight_states, strict=True):
         if weight.dtype == torch.uint8:
-            outputs.append(cpu.linear(values, token_scales, weight, scale, bias, bits, x.dtype))
+            outputs.append(cpu.linear(values, token_scales, weight, scale, bias, bits, states, x.dtype))
         else:
             outputs.append(reference.matmul(values, token_scales, weight, scale, bias, x.dtype))
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -170,7 +172,7 @@ def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, se
 
 
 def _encode_decode_on_cpu(
-    x, codes, scales, biases, bits, activation_bits, seed, grid, values, token_scales, weight, row_scales, bias
+    x, codes, scales, biases, bits, states, activation_bits, seed, grid, values, token_scales, weight, row_scales, bias
 ):
     encoded = cpu.rotate_encode(x, activation_bits, _seed(seed), _NAMES[grid])
     values.copy_(encoded[0])
@@ -178,51 +180,54 @@ def _encode_decode_on_cpu(
     first = 0
     for packed, scale in zip(codes, scales, strict=True):
         rows = slice(first, first + packed.shape[0])
-        weight[rows], row_scales.view(-1)[rows] = reference.decode(packed, scale, bits, x.shape[1], _NAMES[grid])
+        decoded = reference.decode(packed, scale, bits, x.shape[1], _NAMES[grid], states)
+        weight[rows], row_scales.view(-1)[rows] = decoded
         first = rows.stop
     if bias is not None:
         bias.copy_(torch.cat(biases))
 
 
 def _encode_decode_on_cuda(
-    x, codes, scales, biases, bits, activation_bits, seed, grid, values, token_scales, weight, row_scales, bias
+    x, codes, scales, biases, bits, states, activation_bits, seed, grid, values, token_scales, weight, row_scales, bias
 ):
     _check_devices(x, codes)
     rotate_encode_cuda.rotate_encode_into(x, activation_bits, _seed(seed), _NAMES[grid], values, token_scales)
-    decode_cuda.decode_into(codes, scales, biases, bits, _NAMES[grid], weight, row_scales, bias)
+    decode_cuda.decode_into(codes, scales, biases, bits, _NAMES[grid], weight, row_scales, bias, states)
 
 
-def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
+def _project_on_cuda(x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid):
     """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued;
     torch's allocator hands the memory to the next layer."""
-    if grid == E4M3 and x.numel() and _scaled_together(x, weights, biases, weight_bits):
-        return _project_e4m3(_encode_decode_on_cuda, x, weights, scales, biases, weight_bits, activation_bits, seed)
+    if grid == E4M3 and x.numel() and _scaled_together(x, weights, biases, weight_bits, weight_states):
+        arguments = x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed
+        return _project_e4m3(_encode_decode_on_cuda, *arguments)
     _check_devices(x, weights)
     dim, name = x.shape[-1], _NAMES[grid]
     tokens = x if x.ndim == 2 else x.reshape(-1, dim)
     values, token_scales = rotate_encode_cuda.rotate_encode(tokens, activation_bits, _seed(seed), name)
-    if _decoded_alike(weights, biases, weight_bits):
-        weight, scale, bias = decode_cuda.decode_all(weights, scales, biases, weight_bits[0], dim, name)
+    if _decoded_alike(weights, biases, weight_bits, weight_states):
+        code = weight_bits[0], dim, name, weight_states[0]
+        weight, scale, bias = decode_cuda.decode_all(weights, scales, biases, *code)
         y = matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype)
     else:
         parts = []
-        for weight, scale, bias, bits in zip(weights, scales, biases, weight_bits, strict=True):
+        for weight, scale, bias, bits, states in zip(weights, scales, biases, weight_bits, weight_states, strict=True):
             if weight.dtype == torch.uint8:
-                weight, scale = decode_cuda.decode(weight, scale, bits, dim, name)
+                weight, scale = decode_cuda.decode(weight, scale, bits, dim, name, states)
             parts.append(matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype))
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _scaled_together(x, weights, biases, weight_bits):
+def _scaled_together(x, weights, biases, weight_bits, weight_states):
     """Whether `_project_e4m3` takes this: weights that are decoded alike, at a size that has row and column scales."""
-    if not _decoded_alike(weights, biases, weight_bits):
+    if not _decoded_alike(weights, biases, weight_bits, weight_states):
         return False
     dim = x.shape[-1]
     return matmul_cuda.has_row_scales(x.numel() // dim, sum(weight.shape[0] for weight in weights), dim)
 
 
-def _project_e4m3(encode_decode, x, codes, scales, biases, weight_bits, activation_bits, seed):
+def _project_e4m3(encode_decode, x, codes, scales, biases, weight_bits, weight_states, activation_bits, seed):
     """`project` in one encoding, one decoding and one product; `encode_decode` is the op or what it calls."""
     dim, device, rows = x.shape[-1], x.device, 0
     tokens = x if x.ndim == 2 else x.reshape(-1, dim)
@@ -236,7 +241,8 @@ def _project_e4m3(encode_decode, x, codes, scales, biases, weight_bits, activati
     if bias is not None and len(codes) > 1:
         bias = into = torch.empty((rows,), dtype=bias.dtype, device=device)
     outputs = values, token_scales, weight, row_scales, into
-    encode_decode(tokens, codes, scales, biases, weight_bits[0], activation_bits, seed, E4M3, *outputs)
+    code = weight_bits[0], weight_states[0]
+    encode_decode(tokens, codes, scales, biases, *code, activation_bits, seed, E4M3, *outputs)
     y = matmul_cuda.scaled_mm(values, token_scales, weight, row_scales, bias, x.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], rows)
 
@@ -248,15 +254,17 @@ def _check_devices(x, weights):
             raise TensorError(f"the layer's codes are on {weight.device}, its input is on {x.device}: move one of them")
 
 
-def _decoded_alike(weights, biases, weight_bits):
-    """Whether one call of the kernel decodes all of these: packed codes of the same bits, and biases that it copies."""
+def _decoded_alike(weights, biases, weight_bits, weight_states):
+    """Whether one call of the kernel decodes all of these: packed codes of one kind, and biases that it copies."""
     if len(weights) == 1:
         return weights[0].dtype == torch.uint8
     dtype = None if biases[0] is None else biases[0].dtype
     if len(weights) > decode_cuda.MEMBERS or dtype not in (None, torch.bfloat16, torch.float16):
         return False
-    for weight, bias, bits in zip(weights, biases, weight_bits, strict=True):
-        if weight.dtype != torch.uint8 or bits != weight_bits[0] or dtype != (None if bias is None else bias.dtype):
+    for weight, bias, bits, states in zip(weights, biases, weight_bits, weight_states, strict=True):
+        if weight.dtype != torch.uint8 or bits != weight_bits[0] or states != weight_states[0]:
+            return False
+        if dtype != (None if bias is None else bias.dtype):
             return False
     return True
 
@@ -268,12 +276,12 @@ def _int4_on_cuda(x, codes, scales, bias):
     return (int4_cuda if has_kernels else reference).int4_linear(x, codes, scales, bias)
 
 
-def _exact_on_cpu(x, codes, scales, bias, weight_bits, activation_bits, seed):
-    return cpu.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed))
+def _exact_on_cpu(x, codes, scales, bias, weight_bits, activation_bits, seed, states=0):
+    return cpu.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed), states)
 
 
-def _exact(x, codes, scales, bias, weight_bits, activation_bits, seed):
-    return reference.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed))
+def _exact(x, codes, scales, bias, weight_bits, activation_bits, seed, states=0):
+    return reference.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed), states)
 
 
 _define(
@@ -289,29 +297,29 @@ _define(
     _rotate_encode_fake,
 )
 _define(
-    "decode(Tensor codes, Tensor scales, int bits, int dim, int grid) -> (Tensor, Tensor)",
-    lambda codes, scales, bits, dim, grid: reference.decode(codes, scales, bits, dim, _NAMES[grid]),
-    lambda codes, scales, bits, dim, grid: decode_cuda.decode(codes, scales, bits, dim, _NAMES[grid]),
+    "decode(Tensor codes, Tensor scales, int bits, int dim, int grid, int states=0) -> (Tensor, Tensor)",
+    lambda codes, scales, bits, dim, grid, *states: reference.decode(codes, scales, bits, dim, _NAMES[grid], *states),
+    lambda codes, scales, bits, dim, grid, *states: decode_cuda.decode(codes, scales, bits, dim, _NAMES[grid], *states),
     _decode_fake,
 )
 _define(
-    "encode_decode(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] biases, int weight_bits, int activation_bits,"
-    " int seed, int grid, Tensor(a!) values, Tensor(b!) token_scales, Tensor(c!) weight, Tensor(d!) row_scales,"
-    " Tensor(e!)? bias) -> ()",
+    "encode_decode(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] biases, int weight_bits, int states,"
+    " int activation_bits, int seed, int grid, Tensor(a!) values, Tensor(b!) token_scales, Tensor(c!) weight,"
+    " Tensor(d!) row_scales, Tensor(e!)? bias) -> ()",
     _encode_decode_on_cpu,
     _encode_decode_on_cuda,
     lambda *_: None,
 )
 _define(
-    "project(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int[] weight_bits, int activation_bits,"
-    " int seed, int grid) -> Tensor",
+    "project(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int[] weight_bits, int[] weight_states,"
+    " int activation_bits, int seed, int grid) -> Tensor",
     _project_on_cpu,
     _project_on_cuda,
     _project_fake,
 )
 _define(
-    "exact_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int weight_bits, int activation_bits, int seed)"
-    " -> Tensor",
+    "exact_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int weight_bits, int activation_bits, int seed,"
+    " int states=0) -> Tensor",
     _exact_on_cpu,
     _without_autocast(_exact),
     _rows_fake,

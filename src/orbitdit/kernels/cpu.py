@@ -14,6 +14,7 @@ in the low bits of the mantissa, which saves a conversion and keeps every index 
 Tokens in fp32 take none of these short cuts: their codes and centroids are those of the definition.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from orbitdit.codebook import codebook_on, lloyd_max, look_up, nearest, on_grid
 from orbitdit.kernels import reference
 from orbitdit.kernels.reference import EPSILON, normalize
 from orbitdit.packing import unpack
+from orbitdit.quantize import weight_points
 from orbitdit.rotation import block_hadamard, rotation
 from orbitdit.tables import shared
 
@@ -54,25 +56,32 @@ def linear(
     scales: Tensor,
     bias: Tensor | None,
     bits: int,
+    states: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """`decode` and `matmul` of reference.py, a block of rows at a time; fast for int8."""
     if values.dtype != torch.int8 or not multiplies_int8():
         grid = "int8" if values.dtype == torch.int8 else "e4m3"
-        weight, row_scales = reference.decode(codes, scales, bits, values.shape[1], grid)
+        weight, row_scales = reference.decode(codes, scales, bits, values.shape[1], grid, states)
         return reference.matmul(values, token_scales, weight, row_scales, bias, dtype)
-    step = _weight_values(values.shape[1], bits, torch.int8)[1]
-    return _by_rows(values, token_scales[:, None] * step, codes, scales, bias, bits, dtype)
+    return _by_rows(values, token_scales[:, None], codes, scales, bias, bits, states, dtype)
 
 
 def exact_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, weight_bits: int, activation_bits: int, seed: int
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    activation_bits: int,
+    seed: int,
+    states: int = 0,
 ) -> Tensor:
     """See reference.py; fast for bf16 and fp16, which is multiplied in fp32 (fp16 products are slow on CPUs)."""
     if x.dtype not in (torch.bfloat16, torch.float16):
-        return reference.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, seed)
+        return reference.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, seed, states)
     tokens, norm = _encode(x, activation_bits, seed, torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
-    return _by_rows(tokens, norm, codes, scales, bias, weight_bits, x.dtype)
+    return _by_rows(tokens, norm, codes, scales, bias, weight_bits, states, x.dtype)
 
 
 def _by_rows(
@@ -82,16 +91,18 @@ def _by_rows(
     scales: Tensor,
     bias: Tensor | None,
     bits: int,
+    states: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """tokens (tokens, dim) times the decoded codes (rows, bytes), with scales (tokens, 1) and (rows,), and bias."""
     dim, scales = tokens.shape[1], scales.float()
+    token_scales = token_scales * _weight_values(dim, bits, states, tokens.dtype)[1]
     bias = torch.zeros_like(scales) if bias is None else bias.float()
     outputs = tokens.new_empty(len(tokens), len(codes), dtype=dtype)
     rows = max(64, WEIGHT_ELEMENTS // dim // 64 * 64)
     for start in range(0, len(codes) if len(tokens) else 0, rows):
         block = slice(start, start + rows)
-        weight = decode(codes[block], bits, dim, tokens.dtype)
+        weight = decode(codes[block], bits, dim, tokens.dtype, states)
         product = torch._int_mm(tokens, weight.T) if weight.dtype == torch.int8 else tokens @ weight.T
         torch.addcmul(bias[block], product.float().mul_(token_scales), scales[block], out=outputs[:, block])
     return outputs
@@ -107,12 +118,11 @@ def multiplies_int8() -> bool:
 
 
 @shared
-def _weight_values(dim: int, bits: int, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """`values` (2^b,) in `dtype`, and the scale that makes them centroids of stored codes."""
+def _weight_values(dim: int, bits: int, states: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The points of stored codes, in `dtype`, and the scale that belongs to them."""
     if dtype == torch.int8:
-        found = on_grid(dim, bits, "int8", False)
-        return found.values.to(torch.int8), found.scale
-    return codebook_on(dim, bits, CPU, dtype).centroids, 1.0
+        return reference.grid_points(dim, bits, states, "int8", CPU)
+    return weight_points(dim, bits, states, CPU, dtype)
 
 
 class TokenCodebook(NamedTuple):
@@ -131,12 +141,41 @@ def _token_codebook(dim: int, bits: int, dtype: torch.dtype) -> TokenCodebook:
     return TokenCodebook(codebook_on(dim, bits, CPU, dtype).centroids, lloyd_max(dim, bits).boundaries, 1.0)
 
 
-def decode(codes: Tensor, bits: int, dim: int, dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, bits: int, dim: int, dtype: torch.dtype, states: int = 0) -> Tensor:
     """Values (rows, dim) of packed `codes` (rows, bytes) uint8, in `dtype`: int8, bf16 or fp32."""
-    if dtype == torch.float32:
-        return look_up(unpack(codes, bits, dim), _weight_values(dim, bits, dtype)[0])
-    words = _words(codes, bits)
-    return _of_words(dim, bits, dtype).index_select(0, words).view(dtype).view(len(codes), -1)[:, :dim]
+    if states:
+        words, table = _windows_of_two(codes, bits, states), _of_windows_of_two(dim, bits, states, dtype)
+    elif dtype == torch.float32:
+        return look_up(unpack(codes, bits, dim), _weight_values(dim, bits, 0, dtype)[0])
+    else:
+        words, table = _words(codes, bits), _of_words(dim, bits, dtype)
+    return table.index_select(0, words).view(dtype).view(len(codes), -1)[:, :dim]
+
+
+def _windows_of_two(codes: Tensor, bits: int, states: int) -> Tensor:
+    """The last `states` + `bits` bits of the stream after every second code, as int32 (rows * pairs,)."""
+    pairs = math.lcm(2 * bits, 8) // (2 * bits)
+    period = pairs * 2 * bits // 8
+    groups = -(-codes.shape[1] // period)
+    before = 2  # bytes of zeros, where the stream begins: the largest window reaches 8 to 10 bits back
+    data = np.zeros((len(codes), before + groups * period + 2), np.uint8)
+    data[:, before : before + codes.shape[1]] = codes.numpy()
+    words = np.empty((len(codes), groups, pairs), np.int32)
+    for pair in range(pairs):
+        byte, shift = divmod(8 * before + (2 * pair + 2) * bits - states - bits, 8)
+        four = np.ndarray(words.shape[:2], "<u4", data, byte, (data.shape[1], period))
+        np.bitwise_and(
+            four >> np.uint32(shift), np.uint32((1 << states + bits) - 1), out=words[:, :, pair], casting="unsafe"
+        )
+    return torch.from_numpy(words).flatten()
+
+
+@shared
+def _of_windows_of_two(dim: int, bits: int, states: int, dtype: torch.dtype) -> Tensor:
+    """The values of two codes that follow each other, side by side in one integer, for each window on both."""
+    window = torch.arange(1 << states + bits)
+    both = torch.stack([window & (1 << states) - 1, window >> bits], 1)
+    return _side_by_side(_weight_values(dim, bits, states, dtype)[0][both])
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
@@ -156,7 +195,11 @@ def _of_words(dim: int, bits: int, dtype: torch.dtype) -> Tensor:
     """The values of all codes of a word, side by side in one integer, for each word."""
     word = 8 if 8 % bits == 0 else 12
     codes = torch.arange(1 << word)[:, None] >> torch.arange(0, word, bits) & (1 << bits) - 1
-    values = _weight_values(dim, bits, dtype)[0][codes]
+    return _side_by_side(_weight_values(dim, bits, 0, dtype)[0][codes])
+
+
+def _side_by_side(values: Tensor) -> Tensor:
+    """Each row of `values`, which takes 2, 4 or 8 bytes, as one integer."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.shape[1] * values.itemsize]
     return values.view(integer).flatten()
 

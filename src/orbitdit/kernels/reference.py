@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from orbitdit import trellis
 from orbitdit.codebook import GRID_DTYPES, bins, codebook_on, look_up, nearest, nearest_by_bins, on_grid
 from orbitdit.packing import unpack
-from orbitdit.quantize import QuantizedWeight, dequantize_int4
+from orbitdit.quantize import QuantizedWeight, dequantize_int4, indices, weight_points
 from orbitdit.rotation import rotation
 from orbitdit.tables import shared
 
@@ -27,15 +28,30 @@ def rotate_encode(x: Tensor, bits: int, seed: int, grid: str) -> tuple[Tensor, T
     """
     unit, norm = normalize(x)
     dim = x.shape[-1]
-    values, boundaries, scale = _codebook(dim, bits, grid, True, x.device)
+    values, boundaries, scale = _token_codebook(dim, bits, grid, x.device)
     codes = nearest(rotation(dim, seed).apply(unit), boundaries)
     return look_up(codes, values.view(torch.uint8)).view(values.dtype), norm.flatten() * scale
 
 
-def decode(codes: Tensor, scales: Tensor, bits: int, dim: int, grid: str) -> tuple[Tensor, Tensor]:
-    """Packed codes (rows, bytes) and scales (rows,) bf16 to values (rows, dim) on the grid and scales (rows,) fp32."""
-    values, _, scale = _codebook(dim, bits, grid, False, codes.device)
-    return look_up(unpack(codes, bits, dim), values.view(torch.uint8)).view(values.dtype), scales.float() * scale
+def decode(codes: Tensor, scales: Tensor, bits: int, dim: int, grid: str, states: int = 0) -> tuple[Tensor, Tensor]:
+    """Packed codes (rows, bytes) and scales (rows,) bf16 to values (rows, dim) on the grid and scales (rows,) fp32.
+
+    The codes are those of a trellis of 2^`states` states, or scalar ones if that is 0.
+    """
+    values, scale = grid_points(dim, bits, states, grid, codes.device)
+    rows = look_up(indices(unpack(codes, bits, dim), bits, states), values.view(torch.uint8))
+    return rows.view(values.dtype), scales.float() * scale
+
+
+@shared
+def grid_points(dim: int, bits: int, states: int, grid: str, device: torch.device) -> tuple[Tensor, float]:
+    """`weight_points` on a number grid."""
+    if states:
+        values, scale = trellis.on_grid(bits, states, grid)
+        scale = scale * dim**-0.5
+    else:
+        values, scale, _ = on_grid(dim, bits, grid, False)
+    return values.float().to(GRID_DTYPES[grid]).to(device), scale
 
 
 def matmul(
@@ -47,23 +63,32 @@ def matmul(
 
 
 def exact_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, weight_bits: int, activation_bits: int, seed: int
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    activation_bits: int,
+    seed: int,
+    states: int = 0,
 ) -> Tensor:
-    """The definition of a layer on tokens `x` (tokens, dim), packed codes (rows, bytes) and norms `scales` (rows,).
+    """The definition of a layer on tokens `x` (tokens, dim), packed codes (rows, bytes) and scales (rows,).
 
+    The codes are those of a trellis of 2^`states` states, or scalar ones if that is 0.
     Norms, rotation and codes in fp32; the product multiplies the centroids in the dtype of `x` if that is bf16 or fp16,
     else in fp32. With 16 activation bits the rotated tokens themselves are multiplied.
     """
     dim = x.shape[-1]
     dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    rows = look_up(unpack(codes, weight_bits, dim), codebook_on(dim, weight_bits, x.device, dtype).centroids)
+    points, step = weight_points(dim, weight_bits, states, x.device, dtype)
+    rows = look_up(indices(unpack(codes, weight_bits, dim), weight_bits, states), points)
     if activation_bits == 16:
         unit, norm = normalize(x, torch.finfo(torch.float32).tiny)
         token = rotation(dim, seed).apply(unit).to(dtype)
     else:
         token_codes, norm = encode_tokens(x, activation_bits, seed)
         token = look_up(token_codes, codebook_on(dim, activation_bits, x.device, dtype).centroids)
-    y = (token @ rows.T) * norm * scales.float()
+    y = (token @ rows.T) * norm * (scales.float() * step)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -89,6 +114,6 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -
 
 
 @shared
-def _codebook(dim: int, bits: int, grid: str, refit: bool, device: torch.device) -> tuple[Tensor, Tensor, float]:
-    found = on_grid(dim, bits, grid, refit)
+def _token_codebook(dim: int, bits: int, grid: str, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    found = on_grid(dim, bits, grid, True)
     return found.values.float().to(GRID_DTYPES[grid]).to(device), found.boundaries.float().to(device), found.scale
