@@ -33,8 +33,9 @@ def fuse_blocks(model: nn.Module) -> None:
 def unfuse_blocks(model: nn.Module) -> None:
     """Undo `fuse_blocks`."""
     for block in model.modules():
-        if hasattr(type(block), "unfused"):
-            block.__class__ = type(block).unfused
+        base = getattr(type(block), "unfused", None)
+        if base is not None:
+            block.__class__ = base
 
 
 @cache
