@@ -1,4 +1,5 @@
-"""The two kernels that every layer consists of beside its GEMM, against a copy that moves the same bytes."""
+"""The two kernels that every layer consists of beside its GEMM, against a copy that moves the same bytes; and the
+search for trellis codes, which quantizes a model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,10 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.measure import INPUTS, Candidate, Case, error_bound, relative_error
+from benchmarks.measure import DISTORTION, INPUTS, Candidate, Case, error_bound, relative_error
+from orbitdit import trellis
 from orbitdit.codebook import GRID_DTYPES, codebook_on, look_up
-from orbitdit.kernels import GRIDS
-from orbitdit.packing import unpack
+from orbitdit.kernels import E4M3, GRIDS
+from orbitdit.kernels import decode as decode_cuda
+from orbitdit.kernels.reference import apply_before
+from orbitdit.kernels.rotate_encode import rotate_encode
+from orbitdit.packing import packed_width, unpack
 from orbitdit.quantize import quantize_weight
 from orbitdit.rotation import rotation
 
@@ -29,6 +34,11 @@ ENCODE = (  # tokens, width: FLUX, Z-Image, Wan 1.3B and 14B, CogVideoX
 DECODE = ((3072, 3072), (12288, 3072), (3072, 12288), (3072, 15360), (13824, 5120))
 """Rows and width of the packed weight."""
 DECODE_BITS = (2, 3, 4, 6)
+TRELLIS_DECODE = ((3072, 3072), (12288, 3072), (3072, 15360))
+TRELLISES = ((2, 8), (2, 10), (2, 12), (3, 12), (4, 12))
+"""Bits, and log2 of the states."""
+VITERBI = ((3072, 3072), (3072, 15360))
+VITERBI_BITS = (2, 3, 4)
 ENCODE_BITS = 4
 SAMPLE = 256
 """Rows that the gate compares."""
@@ -91,6 +101,54 @@ class Encode:
         return Candidate(run, error, error_bound("bf16", str(ENCODE_BITS), 1.2), {"bytes": self.bytes})
 
 
+BEFORE = (("gelu", 4608, 15360, 3072), ("gelu", 4608, 12288, 0), ("layer_norm", 4608, 3072, 0))
+"""What precedes the encoding in FLUX's blocks: tokens, width, and the channels before the activation."""
+APART, TOGETHER = "apart", "in the encoding"
+
+
+@dataclass(frozen=True)
+class Before:
+    """An encoding with what precedes it: in the kernel itself, or compiled and then encoded."""
+
+    before: str
+    tokens: int
+    width: int
+    first: int
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.before.replace('_', ' ')} and encode {self.tokens}x{self.width}"
+
+    def open(self) -> Mapping[str, Callable[[], Candidate]]:
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
+
+        inputs = [noise(self.tokens, self.width - self.first) for _ in range(INPUTS)]
+        gelu = [noise(self.tokens, self.first)] if self.first else []
+        extras = gelu if self.before == "gelu" else [noise(1, self.width) / 8, noise(1, self.width)]
+        made = torch.compile(apply_before, fullgraph=True, dynamic=False)
+
+        def apart(i: int) -> tuple[Tensor, Tensor]:
+            return torch.ops.orbitdit.rotate_encode(made(inputs[i], self.before, extras), ENCODE_BITS, 0, E4M3)
+
+        def together(i: int) -> tuple[Tensor, Tensor]:
+            return rotate_encode(inputs[i], ENCODE_BITS, 0, "e4m3", before=self.before, extras=extras)
+
+        def candidate(run: Callable[[int], tuple[Tensor, Tensor]]) -> Candidate:
+            def error() -> float:
+                values, scales = run(0)
+                tokens = apply_before(inputs[0], self.before, extras)[:SAMPLE]
+                reference = rotation(self.width, 0).apply(tokens.float())
+                return relative_error(values_of(values[:SAMPLE], scales[:SAMPLE], "e4m3"), reference)
+
+            bound = error_bound("bf16", str(ENCODE_BITS), 1.2)
+            return Candidate(run, error, bound, {"bytes": 3 * self.tokens * self.width})
+
+        copy = copy_of(3 * self.tokens * self.width, self.device)
+        return {"copy": copy, APART: lambda: candidate(apart), TOGETHER: lambda: candidate(together)}
+
+
 @dataclass(frozen=True)
 class Decode:
     """`decode` of packed codes: reads `bits` a coordinate and writes one byte."""
@@ -99,14 +157,21 @@ class Decode:
     width: int
     bits: int
     device: str
+    states: int = 0
 
     @property
     def name(self) -> str:
-        return f"decode {self.bits}-bit {self.rows}x{self.width}"
+        codes = f"{self.bits}-bit 2^{self.states}-state" if self.states else f"{self.bits}-bit"
+        return f"decode {codes} {self.rows}x{self.width}"
 
     def open(self) -> Mapping[str, Callable[[], Candidate]]:
-        weight = torch.randn(self.rows, self.width, device=self.device, dtype=torch.bfloat16)
-        codes, scales = quantize_weight(weight, self.bits)
+        if self.states:  # any bits are a trellis' codes
+            shape = (self.rows, packed_width(self.width, self.bits))
+            codes = torch.randint(256, shape, device=self.device, dtype=torch.uint8)
+            scales = torch.rand(self.rows, device=self.device).bfloat16()
+        else:
+            weight = torch.randn(self.rows, self.width, device=self.device, dtype=torch.bfloat16)
+            codes, scales = quantize_weight(weight, self.bits)
         size = codes.nbytes + self.rows * self.width
         copies = [codes.clone() for _ in range(INPUTS)]
         makers = {grid: lambda grid=grid: self.candidate(copies, scales, grid, size) for grid in GRID_DTYPES}
@@ -114,19 +179,67 @@ class Decode:
 
     def candidate(self, codes: list[Tensor], scales: Tensor, grid: str, size: int) -> Candidate:
         def run(i: int) -> tuple[Tensor, Tensor]:
+            if self.states:
+                return decode_cuda.decode(codes[i], scales, self.bits, self.width, grid, self.states)
             return torch.ops.orbitdit.decode(codes[i], scales, self.bits, self.width, GRIDS[grid])
 
         def error() -> float:
             values, row_scales = run(0)
-            centroids = codebook_on(self.width, self.bits, values.device, torch.float32).centroids
-            reference = look_up(unpack(codes[0][:SAMPLE], self.bits, self.width), centroids)
+            reference = self.centroids(unpack(codes[0][:SAMPLE], self.bits, self.width))
             reference = reference * scales[:SAMPLE].float()[:, None]
             return relative_error(values_of(values[:SAMPLE], row_scales[:SAMPLE], grid), reference)
 
         return Candidate(run, error, DECODE_BOUND, {"bytes": size})
 
+    def centroids(self, codes: Tensor) -> Tensor:
+        """What codes stand for in a row of norm 1, in fp32."""
+        if not self.states:
+            return look_up(codes, codebook_on(self.width, self.bits, codes.device, torch.float32).centroids)
+        table = trellis.table_on(self.bits, self.states, codes.device, torch.float32)
+        return look_up(trellis.windows(codes, self.bits, self.states), table) / self.width**0.5
+
+
+@dataclass(frozen=True)
+class Viterbi:
+    """The search for trellis codes of least error: three operations a weight and state, none of them fused."""
+
+    rows: int
+    width: int
+    bits: int
+    states: int
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"viterbi {self.bits}-bit 2^{self.states}-state {self.rows}x{self.width}"
+
+    def open(self) -> Mapping[str, Callable[[], Candidate]]:
+        return {"viterbi": self.candidate}
+
+    def candidate(self) -> Candidate:
+        inputs = [torch.randn(self.rows, self.width, device=self.device) for _ in range(INPUTS)]
+        table = trellis.table_on(self.bits, self.states, torch.device(self.device), torch.float32)
+
+        def run(i: int) -> Tensor:
+            return trellis.encode(inputs[i], self.bits, self.states)
+
+        def error() -> float:
+            found = look_up(trellis.windows(run(0)[:SAMPLE], self.bits, self.states), table)
+            return relative_error(found, inputs[0][:SAMPLE])
+
+        weights = self.rows * self.width
+        facts = {"weights": weights, "flops": 3 * weights << self.states, "peak": "fp32"}
+        return Candidate(run, error, DISTORTION[str(self.bits)] ** 0.5, facts)  # less than scalar codes have
+
 
 def cases(device: str) -> list[Case]:
     encodes = [Encode(tokens, width, device) for tokens, width in ENCODE]
     decodes = [Decode(rows, width, bits, device) for rows, width in DECODE for bits in DECODE_BITS]
-    return [Case(made.name, PROVIDERS, made.open) for made in (*encodes, *decodes)]
+    decodes += [Decode(*shape, bits, device, states) for shape in TRELLIS_DECODE for bits, states in TRELLISES]
+    both = [Before(*sizes, device) for sizes in BEFORE] if device == "cuda" else []
+    searches = [
+        Viterbi(*shape, bits, states, device) for shape in VITERBI for bits in VITERBI_BITS for states in trellis.STATES
+    ]
+    compared = [Case(made.name, PROVIDERS, made.open) for made in (*encodes, *decodes)]
+    compared += [Case(made.name, ("copy", APART, TOGETHER), made.open) for made in both]
+    return [*compared, *(Case(made.name, ("viterbi",), made.open) for made in searches)]

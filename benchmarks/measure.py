@@ -116,9 +116,10 @@ def summary(times: Sequence[float]) -> dict[str, float]:
 
 
 def rate(facts: Mapping[str, Any], microseconds: float) -> dict[str, float]:
-    """Achieved TFLOP/s where there is arithmetic, TB/s elsewhere."""
+    """Achieved TFLOP/s where there is arithmetic, TB/s elsewhere; and weights quantized a second, where they are."""
     if "flops" in facts:
-        return {"tflops": round(facts["flops"] / microseconds / 1e6, 3)}
+        achieved = {"tflops": round(facts["flops"] / microseconds / 1e6, 3)}
+        return achieved | ({"weights_s": round(facts["weights"] / microseconds * 1e6)} if "weights" in facts else {})
     return {"tbps": round(facts["bytes"] / microseconds / 1e6, 4)}
 
 

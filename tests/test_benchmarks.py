@@ -148,9 +148,31 @@ def test_kernels_are_measured_against_a_copy_of_the_same_bytes(run, made):
     assert {line["bytes"] for line in lines.values()} == {size}
 
 
+def test_the_search_for_trellis_codes_is_measured_in_weights(run, tmp_path):
+    made = kernels.Viterbi(30, 256, 2, 8, "cpu")
+    (line,) = run("kernels", [measure.Case(made.name, ("viterbi",), made.open)])
+    assert (line["case"], line["status"]) == ("viterbi 2-bit 2^8-state 30x256", "ok")
+    assert line["flops"] == 3 * 30 * 256 * 256
+    assert line["weights_s"] == pytest.approx(30 * 256 / line["median_us"] * 1e6, abs=1)
+    assert 0.25 < line["error"] < line["bound"] == pytest.approx(0.1175**0.5, abs=1e-4)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps(line | {"weights_s": 10**9, "median_us": 7.68}))
+    text = report.page(report.read(folder))
+    assert "| viterbi | 7.7 |" in text
+    assert "| 1.000 G weights/s: FLUX.1-dev in 8.6 s | - |" in text
+
+
+def test_the_weights_of_flux_are_those_of_its_rotated_layers():
+    with torch.device("meta"):
+        model = families.MODELS[0].make()
+    plan = orbitdit.plan(model, orbitdit.OrbitQuantConfig("w2a4"))
+    assert sum(layer.weights for layer in plan.select("quantize")) == report.FLUX_WEIGHTS
+
+
 def test_suites_have_the_cases_that_were_asked_for():
     names = [case.name for case in (*kernels.cases("cuda"), *layers.cases("cuda"))]
-    assert len(names) == len(set(names)) == 11 + 5 * 4 + 11 + 8
+    assert len(names) == len(set(names)) == 11 + 5 * 4 + 3 * 5 + 3 + 2 * 9 + 11 + 8
     assert next(case.name for case in layers.cases("cpu")) == "layer 1024, 3072 to 3072"
     assert "layer 4608, 3072 to 3x3072" in names
     assert families.MODELS[0].name == "FLUX.1-dev"

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "kernels.nvrtc": "errors",
     "kernels.reference": "codebook packing quantize rotation tables trellis",
     "kernels.cpu": "codebook kernels.reference packing quantize rotation tables",
-    "kernels.rotate_encode": "codebook errors kernels.nvrtc rotation",
+    "kernels.rotate_encode": "codebook errors kernels.nvrtc kernels.reference rotation",
     "kernels.decode": "codebook errors kernels.nvrtc trellis",
     "kernels.matmul": "kernels.nvrtc",
     "kernels.viterbi": "errors kernels.nvrtc",
@@ -37,7 +37,8 @@ MAY_IMPORT = {
     + "kernels.cpu kernels.decode kernels.int4_linear kernels.matmul kernels.reference kernels.rotate_encode "
     + "kernels.viterbi trellis",
     "linear": "config errors kernels kernels.reference packing quantize trellis",
-    "model": "config errors kernels linear policy quantize",
+    "fusion": "kernels kernels.reference linear",
+    "model": "config errors fusion kernels linear policy quantize",
     "checkpoint": "errors",
     "integrations": "integrations.diffusers",
     "integrations.diffusers": f"{BASE} checkpoint",

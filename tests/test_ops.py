@@ -51,8 +51,32 @@ def cases():
     return {
         "rotate_encode": (x, 4, -1, INT8),
         "decode": (*packed(48, 64, 3), 3, 64, INT8),
-        "project": (x.view(1, 5, 64), [codes, decoded], [scales, row_scales], [None, bias], [3, 4], 4, -1, INT8),
-        "encode_decode": (x, [codes, codes], [scales, scales], [None, None], 3, 4, -1, INT8, *buffers(5, 64, 64), None),
+        "project": (
+            x.view(1, 5, 64),
+            [codes, decoded],
+            [scales, row_scales],
+            [None, bias],
+            [3, 4],
+            4,
+            -1,
+            INT8,
+            "",
+            [],
+        ),
+        "encode_decode": (
+            x[:, 16:],
+            [codes, codes],
+            [scales, scales],
+            [None, None],
+            3,
+            4,
+            -1,
+            INT8,
+            "gelu",
+            [x[:, :16]],
+            *buffers(5, 64, 64),
+            None,
+        ),
         "exact_linear": (x, *packed(48, 64, 6), bias, 6, 4, -3),
         "int4_linear": (x, packed(48, 64, 4)[0], random(48, 1).bfloat16(), bias),
     }
@@ -85,7 +109,7 @@ def test_ops_are_the_definition(grid):
     assert all(map(same, weight, reference.decode(codes, scales, 3, 64, grid)))
     product = reference.matmul(values, token_scales, *weight, bias, torch.float32)
     packed_and_decoded = ops.project(
-        x.view(3, 3, 64), [codes, weight[0]], [scales, weight[1]], [bias, bias], [3, 3], 4, -1, number
+        x.view(3, 3, 64), [codes, weight[0]], [scales, weight[1]], [bias, bias], [3, 3], 4, -1, number, "", []
     )
     assert packed_and_decoded.shape == (3, 3, 96)
     for y in packed_and_decoded.view(9, 96).split(48, dim=1):
@@ -242,9 +266,9 @@ def test_what_a_compiler_sees_of_a_product_on_e4m3(count, bias, monkeypatch):
         return (y if bias is None else y + bias.float()).to(out_dtype)
 
     monkeypatch.setattr(torch, "_scaled_mm", product)
-    arguments = x, weights, scales, biases, [3] * count, 4, -1
-    y = kernels._project_e4m3(ops.encode_decode, *arguments)
-    expected = ops.project(x, list(weights), list(scales), biases, [3] * count, 4, -1, E4M3)
+    arguments = x, weights, scales, biases, [3] * count, 4, -1, E4M3
+    y = kernels._project_e4m3(ops.encode_decode, *arguments, "", ())
+    expected = ops.project(x, list(weights), list(scales), biases, [3] * count, 4, -1, E4M3, "", [])
     assert (y.shape, y.dtype) == (expected.shape, expected.dtype) == ((3, 5, 48 * count), torch.float16)
     torch.testing.assert_close(y, expected, rtol=2**-7, atol=2e-2)
     assert {name: None if t is None else (t.shape, t.dtype) for name, t in filled.items()} == {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cuda_emulator import launch
+from orbitdit import trellis
 from orbitdit.errors import TensorError
 from orbitdit.kernels import viterbi as viterbi_cuda
 
@@ -74,6 +75,14 @@ def test_every_number_of_states(bits, states):
     table = numbers(1 << states, seed=1)
     for reverse in (False, True):
         check(numbers(3, 22), table, bits, blocks=1 + reverse, reverse=reverse)
+
+
+@pytest.mark.parametrize(("bits", "states"), [(2, 8), (3, 8), (4, 8), (2, 12)])
+def test_codes_are_those_of_the_cpu(bits, states):
+    """The tables that are shipped, whose values are few and mostly stand twice: ties are common."""
+    z = numbers(5, 96)
+    codes = encode(z, trellis.table(bits, states).float().numpy(), bits)
+    np.testing.assert_array_equal(codes, trellis.encode(torch.from_numpy(z), bits, states).numpy())
 
 
 @pytest.mark.parametrize("bits", viterbi_cuda.BITS)

@@ -52,7 +52,7 @@ class SharedInput:
             output = held[3][place]
         if held is None or output is None:
             for member in self.members:
-                if _is_hooked(member) or member.codes.device != x.device:  # its weight is there when it is called
+                if is_hooked(member) or member.codes.device != x.device:  # its weight is there when it is called
                     return _project(self.members[place : place + 1], x, grid)[0]
             held = (x, version, grid, list(_project(self.members, x, grid)))
             self.held, output = held, held[3][place]
@@ -64,6 +64,12 @@ class SharedInput:
             self.held = None
         assert output is not None
         return output
+
+    def hold(self, x: Tensor, before: str, *extras: Tensor) -> None:
+        """Compute the outputs for what `reference.apply_before` makes of `x`, to be given when members are called
+        with `x` itself. All members must be on the device of `x`, and all be called."""
+        grid = self.members[0].grid_for(x)
+        self.held = (x, _version(x), grid, list(_project(self.members, x, grid, before, extras)))
 
     def __getstate__(self) -> dict:
         return {"members": self.members, "held": None}
@@ -84,7 +90,7 @@ def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
             layer.shared_input, layer.shared_place = shared, place
 
 
-def _is_hooked(layer: "OrbitLinear") -> bool:
+def is_hooked(layer: "OrbitLinear") -> bool:
     """Whether accelerate or diffusers moves the weight of this very layer, perhaps still while another one runs."""
     own = layer.__dict__
     return "_hf_hook" in own or "_diffusers_hook" in own
@@ -95,7 +101,9 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-def _project(layers: tuple["OrbitLinear", ...], x: Tensor, grid: int) -> tuple[Tensor, ...]:
+def _project(
+    layers: tuple["OrbitLinear", ...], x: Tensor, grid: int, before: str = "", extras: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
     """The outputs of `layers`, which encode alike, for `x` (..., dim): views of one tensor."""
     first = layers[0]
     weights, scales, biases, bits, states = [], [], [], [], []
@@ -106,8 +114,8 @@ def _project(layers: tuple["OrbitLinear", ...], x: Tensor, grid: int) -> tuple[T
         biases.append(layer.bias)
         bits.append(layer.weight_bits)
         states.append(layer.states)
-    token = first.activation_bits, kernels.signed(first.seed)
-    y = kernels.project(x, weights, scales, biases, bits, states, *token, grid)
+    encoding = first.activation_bits, kernels.signed(first.seed), grid, before, extras
+    y = kernels.project(x, weights, scales, biases, bits, states, *encoding)
     return (y,) if len(layers) == 1 else y.split([layer.out_features for layer in layers], dim=-1)
 
 
@@ -227,7 +235,7 @@ class OrbitLinear(_PackedLinear):
             with torch.autocast(x.device.type, enabled=False):
                 y = exact_linear(x.reshape(-1, shape[0]), *packed, *bits, self.seed, self.states)
             return y.view(*x.shape[:-1], shape[1])
-        grid = kernels.choose(self.grid, x.device, x.dtype) if self.fits else EXACT
+        grid = self.grid_for(x)
         if grid == EXACT:
             tokens = x.reshape(-1, shape[0])
             y = ops.exact_linear(tokens, *packed, *bits, kernels.signed(self.seed), self.states)
@@ -236,6 +244,14 @@ class OrbitLinear(_PackedLinear):
         if shared is not None and shared.members[self.shared_place] is self:  # else this is a shallow copy
             return shared.output(self.shared_place, x, grid)
         return _project((self,), x, grid)[0]
+
+    def grid_for(self, x: Tensor) -> int:
+        """The grid that the layer runs on for inputs like `x`."""
+        return kernels.choose(self.grid, x.device, x.dtype) if self.fits else EXACT
+
+    def after(self, before: str, x: Tensor, *extras: Tensor) -> Tensor:
+        """The layer's output for what `reference.apply_before` makes of `x`, on a grid; gradients do not flow."""
+        return _project((self,), x, self.grid_for(x), before, extras)[0]
 
     def operands(self, grid: int) -> tuple[Tensor, Tensor]:
         """What `ops.project` takes as a weight: codes and scales, or what was decoded of them."""

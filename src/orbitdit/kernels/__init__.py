@@ -90,17 +90,19 @@ def project(
     activation_bits: int,
     seed: int,
     grid: int,
+    before: str = "",
+    extras: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """The op `project` in the way that costs the host least.
+    """The op `project` in the way that costs the host least; `before` and `extras`: see `reference.apply_before`.
 
     A compiler sees the products and allocates for itself, and eager mode on CUDA calls the kernels without torch's
     dispatcher, where nothing listens in on it.
     """
-    arguments = x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid
+    arguments = x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
     if x.is_cuda:
         if torch.compiler.is_compiling():
-            if grid == E4M3 and _scaled_together(x, weights, biases, weight_bits, weight_states):
-                return _project_e4m3(ops.encode_decode, *arguments[:-1])
+            if grid == E4M3 and _scaled_together(x, weights, biases, weight_bits, weight_states, before, extras):
+                return _project_e4m3(ops.encode_decode, *arguments)
         elif type(x) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
             return _project_on_cuda(*arguments)
     return ops.project(*arguments)
@@ -158,13 +160,24 @@ def _rows_fake(x, codes, *_):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _project_on_cpu(x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid):
-    tokens = x.reshape(-1, x.shape[-1])
-    values, token_scales = cpu.rotate_encode(tokens, activation_bits, _seed(seed), _NAMES[grid])
+def _flat(x):
+    """(..., channels) as (rows, channels)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _tokens(x, before, extras):
+    """What is encoded, where no kernel makes it on the way."""
+    return reference.apply_before(_flat(x), before, [_flat(t) for t in extras]) if before else _flat(x)
+
+
+def _project_on_cpu(
+    x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
+):
+    values, token_scales = cpu.rotate_encode(_tokens(x, before, extras), activation_bits, _seed(seed), _NAMES[grid])
     outputs = []
     for weight, scale, bias, bits, states in zip(weights, scales, biases, weight_bits, weight_states, strict=True):
         if weight.dtype == torch.uint8:
-            outputs.append(cpu.linear(values, token_scales, weight, scale, bias, bits, states, x.dtype))
+            outputs.append(cpu.linear(values, token_scales, weight, scale, bias, bits, x.dtype, states))
         else:
             outputs.append(reference.matmul(values, token_scales, weight, scale, bias, x.dtype))
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -172,15 +185,30 @@ def _project_on_cpu(x, weights, scales, biases, weight_bits, weight_states, acti
 
 
 def _encode_decode_on_cpu(
-    x, codes, scales, biases, bits, states, activation_bits, seed, grid, values, token_scales, weight, row_scales, bias
+    x,
+    codes,
+    scales,
+    biases,
+    bits,
+    states,
+    activation_bits,
+    seed,
+    grid,
+    before,
+    extras,
+    values,
+    token_scales,
+    weight,
+    row_scales,
+    bias,
 ):
-    encoded = cpu.rotate_encode(x, activation_bits, _seed(seed), _NAMES[grid])
+    encoded = cpu.rotate_encode(_tokens(x, before, extras), activation_bits, _seed(seed), _NAMES[grid])
     values.copy_(encoded[0])
     token_scales.view(-1).copy_(encoded[1])
     first = 0
     for packed, scale in zip(codes, scales, strict=True):
         rows = slice(first, first + packed.shape[0])
-        decoded = reference.decode(packed, scale, bits, x.shape[1], _NAMES[grid], states)
+        decoded = reference.decode(packed, scale, bits, values.shape[1], _NAMES[grid], states)
         weight[rows], row_scales.view(-1)[rows] = decoded
         first = rows.stop
     if bias is not None:
@@ -188,23 +216,42 @@ def _encode_decode_on_cpu(
 
 
 def _encode_decode_on_cuda(
-    x, codes, scales, biases, bits, states, activation_bits, seed, grid, values, token_scales, weight, row_scales, bias
+    x,
+    codes,
+    scales,
+    biases,
+    bits,
+    states,
+    activation_bits,
+    seed,
+    grid,
+    before,
+    extras,
+    values,
+    token_scales,
+    weight,
+    row_scales,
+    bias,
 ):
     _check_devices(x, codes)
-    rotate_encode_cuda.rotate_encode_into(x, activation_bits, _seed(seed), _NAMES[grid], values, token_scales)
+    encoding = _flat(x), activation_bits, _seed(seed), _NAMES[grid], values, token_scales, None, before
+    rotate_encode_cuda.rotate_encode_into(*encoding, [_flat(t) for t in extras])
     decode_cuda.decode_into(codes, scales, biases, bits, _NAMES[grid], weight, row_scales, bias, states)
 
 
-def _project_on_cuda(x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid):
+def _project_on_cuda(
+    x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
+):
     """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued;
     torch's allocator hands the memory to the next layer."""
-    if grid == E4M3 and x.numel() and _scaled_together(x, weights, biases, weight_bits, weight_states):
-        arguments = x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed
+    if grid == E4M3 and x.numel() and _scaled_together(x, weights, biases, weight_bits, weight_states, before, extras):
+        arguments = x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
         return _project_e4m3(_encode_decode_on_cuda, *arguments)
     _check_devices(x, weights)
-    dim, name = x.shape[-1], _NAMES[grid]
-    tokens = x if x.ndim == 2 else x.reshape(-1, dim)
-    values, token_scales = rotate_encode_cuda.rotate_encode(tokens, activation_bits, _seed(seed), name)
+    name, extras = _NAMES[grid], [_flat(t) for t in extras]
+    encoding = _flat(x), activation_bits, _seed(seed), name, None, before, extras
+    values, token_scales = rotate_encode_cuda.rotate_encode(*encoding)
+    dim = values.shape[1]
     if _decoded_alike(weights, biases, weight_bits, weight_states):
         code = weight_bits[0], dim, name, weight_states[0]
         weight, scale, bias = decode_cuda.decode_all(weights, scales, biases, *code)
@@ -219,30 +266,31 @@ def _project_on_cuda(x, weights, scales, biases, weight_bits, weight_states, act
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _scaled_together(x, weights, biases, weight_bits, weight_states):
+def _scaled_together(x, weights, biases, weight_bits, weight_states, before, extras):
     """Whether `_project_e4m3` takes this: weights that are decoded alike, at a size that has row and column scales."""
     if not _decoded_alike(weights, biases, weight_bits, weight_states):
         return False
-    dim = x.shape[-1]
-    return matmul_cuda.has_row_scales(x.numel() // dim, sum(weight.shape[0] for weight in weights), dim)
+    rows, tokens = sum(weight.shape[0] for weight in weights), x.numel() // x.shape[-1]
+    return matmul_cuda.has_row_scales(tokens, rows, reference.encoded_width(x, before, extras))
 
 
-def _project_e4m3(encode_decode, x, codes, scales, biases, weight_bits, weight_states, activation_bits, seed):
+def _project_e4m3(
+    encode_decode, x, codes, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
+):
     """`project` in one encoding, one decoding and one product; `encode_decode` is the op or what it calls."""
-    dim, device, rows = x.shape[-1], x.device, 0
-    tokens = x if x.ndim == 2 else x.reshape(-1, dim)
+    dim, device, rows, tokens = reference.encoded_width(x, before, extras), x.device, 0, x.numel() // x.shape[-1]
     for packed in codes:
         rows += packed.shape[0]
-    values = torch.empty((tokens.shape[0], dim), dtype=torch.float8_e4m3fn, device=device)
-    token_scales = torch.empty((tokens.shape[0], 1), dtype=torch.float32, device=device)
+    values = torch.empty((tokens, dim), dtype=torch.float8_e4m3fn, device=device)
+    token_scales = torch.empty((tokens, 1), dtype=torch.float32, device=device)
     weight = torch.empty((rows, dim), dtype=torch.float8_e4m3fn, device=device)
     row_scales = torch.empty((1, rows), dtype=torch.float32, device=device)
     bias, into = biases[0], None
     if bias is not None and len(codes) > 1:
         bias = into = torch.empty((rows,), dtype=bias.dtype, device=device)
-    outputs = values, token_scales, weight, row_scales, into
     code = weight_bits[0], weight_states[0]
-    encode_decode(tokens, codes, scales, biases, *code, activation_bits, seed, E4M3, *outputs)
+    inputs = x, codes, scales, biases, *code, activation_bits, seed, grid, before, extras
+    encode_decode(*inputs, values, token_scales, weight, row_scales, into)
     y = matmul_cuda.scaled_mm(values, token_scales, weight, row_scales, bias, x.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], rows)
 
@@ -304,15 +352,15 @@ _define(
 )
 _define(
     "encode_decode(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] biases, int weight_bits, int states,"
-    " int activation_bits, int seed, int grid, Tensor(a!) values, Tensor(b!) token_scales, Tensor(c!) weight,"
-    " Tensor(d!) row_scales, Tensor(e!)? bias) -> ()",
+    " int activation_bits, int seed, int grid, str before, Tensor[] extras, Tensor(a!) values, Tensor(b!) token_scales,"
+    " Tensor(c!) weight, Tensor(d!) row_scales, Tensor(e!)? bias) -> ()",
     _encode_decode_on_cpu,
     _encode_decode_on_cuda,
     lambda *_: None,
 )
 _define(
     "project(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int[] weight_bits, int[] weight_states,"
-    " int activation_bits, int seed, int grid) -> Tensor",
+    " int activation_bits, int seed, int grid, str before, Tensor[] extras) -> Tensor",
     _project_on_cpu,
     _project_on_cuda,
     _project_fake,

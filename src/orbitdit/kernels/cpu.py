@@ -56,8 +56,8 @@ def linear(
     scales: Tensor,
     bias: Tensor | None,
     bits: int,
-    states: int,
     dtype: torch.dtype,
+    states: int = 0,
 ) -> Tensor:
     """`decode` and `matmul` of reference.py, a block of rows at a time; fast for int8."""
     if values.dtype != torch.int8 or not multiplies_int8():

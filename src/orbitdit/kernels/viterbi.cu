@@ -8,8 +8,7 @@
 // the decisions (which predecessor; a byte a weight and thread) go to global memory. They come back in chunks for one
 // thread a row, which follows the path from its end.
 //
-// Every operation is rounded on its own and ties go to the lowest state, so all devices find the same codes. Costs are
-// not negative: as unsigned integers they are in the same order, infinity last.
+// Every operation is rounded on its own and ties go to the lowest state, so all devices find the same codes.
 //
 // Compile-time: BITS (2, 3, 4), STATES (8 to 12), THREADS (a multiple of LANES), MIN_BLOCKS (a processor, for the
 // compiler's choice of registers).
@@ -61,11 +60,12 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
 #pragma unroll
     for (int k = 0; k < HELD; ++k) {
-      u32 cost[CHOICES], choice[CHOICES];
+      float cost[CHOICES];
+      u32 choice[CHOICES];
 #pragma unroll
       for (int j = 0; j < CHOICES; ++j) {
         const float off = __fsub_rn(input, values[k][j]);
-        cost[j] = __float_as_uint(__fadd_rn(before[j], __fmul_rn(off, off)));
+        cost[j] = __fadd_rn(before[j], __fmul_rn(off, off));
         choice[j] = j << (8 * number + BITS * k);
       }
 #pragma unroll
@@ -73,10 +73,10 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
         for (int j = 0; j < CHOICES; j += 2 * apart) {
           const bool keep = cost[j] <= cost[j + apart];
-          cost[j] = min(cost[j], cost[j + apart]);
+          cost[j] = fminf(cost[j], cost[j + apart]);
           choice[j] = keep ? choice[j] : choice[j + apart];
         }
-      to[place(lane + k * LANES)] = __uint_as_float(cost[0]);
+      to[place(lane + k * LANES)] = cost[0];
       word |= choice[0];
     }
     __syncthreads();
