@@ -11,25 +11,46 @@ from orbitdit import ConfigError, OrbitDiTError, OrbitQuantConfig
 from orbitdit.config import ACTIVATION_BITS, FORMAT_VERSION, WEIGHT_BITS, QuantMethod, parse_bits
 
 FULL = OrbitQuantConfig(
-    "w2a16", modulation_bits=16, seed=2**64 - 1, rules=[("*.ff.*", "w6a8"), ["proj_out", "int4"], ("a[!b]?", "keep")]
+    "w2a16",
+    modulation_bits=16,
+    scale="norm",
+    trellis_bits=[4, 2],
+    trellis_states=10,
+    seed=2**64 - 1,
+    rules=[("*.ff.*", "w6a8"), ["proj_out", "int4"], ("a[!b]?", "keep")],
 )
 FULL_DICT = {
     "quant_method": "orbitdit",
-    "format_version": 1,
+    "format_version": 2,
     "weight_bits": 2,
     "activation_bits": 16,
     "modulation_bits": 16,
+    "scale": "norm",
+    "trellis_bits": [2, 4],
+    "trellis_states": 10,
     "seed": 18446744073709551615,
     "rules": [["*.ff.*", "w6a8"], ["proj_out", "int4"], ["a[!b]?", "keep"]],
 }
 DEFAULT_DICT = {
     "quant_method": "orbitdit",
-    "format_version": 1,
+    "format_version": 2,
     "weight_bits": 4,
     "activation_bits": 4,
     "modulation_bits": 4,
+    "scale": "unbiased",
+    "trellis_bits": [2, 3],
+    "trellis_states": 12,
     "seed": 0,
     "rules": [],
+}
+VERSION_1_DICT = {
+    "quant_method": "orbitdit",
+    "format_version": 1,
+    "weight_bits": 2,
+    "activation_bits": 3,
+    "modulation_bits": 16,
+    "seed": 7,
+    "rules": [["*.ff.*", "w3a8"]],
 }
 
 
@@ -100,7 +121,7 @@ def test_the_method_has_the_name_that_diffusers_looks_up():
     assert OrbitQuantConfig().quant_method is QuantMethod.ORBITDIT
     assert QuantMethod.ORBITDIT.value == "orbitdit"
     assert QuantMethod.ORBITDIT == "orbitdit"
-    assert FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 2
 
 
 def test_frozen():
@@ -175,7 +196,7 @@ def test_widths_that_are_no_integers(name, value):
 def test_modulation_is_4_or_16_bits(value):
     message = refusal(OrbitQuantConfig, modulation_bits=value)
     assert f"modulation_bits={value!r}" in message
-    assert "4 or 16" in message
+    assert "4, 16" in message
 
 
 @pytest.mark.parametrize(
@@ -228,7 +249,7 @@ def test_a_format_version_that_is_none_is_damage(version):
     assert "damaged" in message
 
 
-@pytest.mark.parametrize("version", [2, 99])
+@pytest.mark.parametrize("version", [3, 99])
 def test_a_newer_format_asks_for_an_upgrade(version):
     """Before anything else: keys of a newer format are unknown to this one."""
     message = refusal(OrbitQuantConfig.from_dict, {"format_version": version, "brand_new_key": 1, "weight_bits": 1})
@@ -242,11 +263,11 @@ def test_other_methods_are_refused(method):
     assert f"quant_method={method!r}" in message
 
 
-@pytest.mark.parametrize("key", ["weightbits", "bits", "label", "weight_bits ", "group_size"])
+@pytest.mark.parametrize("key", ["weightbits", "bits", "label", "weight_bits ", "group_size", "recipe", "codebook"])
 def test_unknown_keys_are_named(key):
     message = refusal(OrbitQuantConfig.from_dict, {**DEFAULT_DICT, key: 4})
     assert f"unknown configuration key {key!r}" in message
-    assert "weight_bits, activation_bits, modulation_bits, seed, rules" in message
+    assert "weight_bits, activation_bits, modulation_bits, scale, trellis_bits, trellis_states, seed, rules" in message
 
 
 @pytest.mark.parametrize("key", ["weight_bits", "activation_bits", "modulation_bits", "seed"])
@@ -263,3 +284,54 @@ def test_config_errors_can_be_caught_as_value_errors_and_as_orbitdits():
     for kind in (ValueError, OrbitDiTError):
         with pytest.raises(kind, match="weight_bits=5"):
             OrbitQuantConfig("w5a4")
+
+
+@pytest.mark.parametrize("bits", ["w2a4", "w3a3", "w4a4", "w6a6", "w8a8"])
+def test_recipes(bits):
+    best, paper = OrbitQuantConfig(bits, recipe="best"), OrbitQuantConfig(bits, recipe="paper")
+    assert best == OrbitQuantConfig(bits) != paper
+    assert (best.scale, paper.scale) == ("unbiased", "norm")
+    assert [best.states(n) for n in WEIGHT_BITS] == [12, 12, 0, 0, 0]
+    assert [paper.states(n) for n in WEIGHT_BITS] == [0] * 5
+    assert paper == OrbitQuantConfig.from_dict(paper.to_dict())
+    assert dataclasses.replace(paper, weight_bits=2).states(2) == 0
+
+
+def test_what_is_given_overrides_the_recipe():
+    assert OrbitQuantConfig("w2a4", scale="norm") == OrbitQuantConfig("w2a4", recipe="paper", codebook="trellis")
+    assert OrbitQuantConfig("w2a4", codebook="scalar") == OrbitQuantConfig("w2a4", "paper", scale="unbiased")
+    small = OrbitQuantConfig("w2a4", trellis_states=8)
+    assert [small.states(n) for n in WEIGHT_BITS] == [8, 8, 0, 0, 0]
+    four = OrbitQuantConfig("w4a4", codebook="trellis")
+    assert [four.states(n) for n in WEIGHT_BITS] == [12, 12, 12, 0, 0]
+    assert four == OrbitQuantConfig("w4a4", trellis_bits=(4, 3, 2, 3)) == OrbitQuantConfig.from_dict(four.to_dict())
+
+
+def test_models_of_version_1_are_the_papers():
+    config = OrbitQuantConfig.from_dict(VERSION_1_DICT)
+    rules = [("*.ff.*", "w3a8")]
+    assert config == OrbitQuantConfig("w2a3", "paper", modulation_bits=16, seed=7, rules=rules)
+    assert config.to_dict()["format_version"] == 2
+    assert OrbitQuantConfig.from_dict({"format_version": 1}) == OrbitQuantConfig(recipe="paper")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "fast"}, "recipe='fast' is not supported; choose one of best, paper"),
+        ({"recipe": ""}, "recipe='' is not supported; choose one of best, paper"),
+        ({"scale": "mean"}, "scale='mean' is not supported; choose one of unbiased, norm"),
+        ({"codebook": "lattice"}, "codebook='lattice' is not supported; choose one of trellis, scalar"),
+        ({"weight_bits": 6, "codebook": "trellis"}, "codebook='trellis' takes weights of 2, 3, 4 bits, not 6"),
+        ({"weight_bits": 8, "codebook": "trellis"}, "codebook='trellis' takes weights of 2, 3, 4 bits, not 8"),
+        ({"codebook": "trellis", "trellis_bits": (2,)}, "either codebook"),
+        ({"trellis_states": 11}, "trellis_states=11 is not supported; choose one of 8, 10, 12"),
+        ({"trellis_states": 12.0}, "trellis_states=12.0 is not supported; choose one of 8, 10, 12"),
+        ({"trellis_states": 0}, "trellis_states=0 is not supported; choose one of 8, 10, 12"),
+        ({"trellis_bits": (2, 6)}, "trellis_bits=6 is not supported; choose one of 2, 3, 4"),
+        ({"trellis_bits": 2}, "trellis_bits=2 is not a list of bits"),
+        ({"trellis_bits": "23"}, "trellis_bits='23' is not a list of bits"),
+    ],
+)
+def test_recipes_that_do_not_exist(options, message):
+    assert message in refusal(OrbitQuantConfig, **options)

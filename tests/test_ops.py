@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from encoding_checks import same
-from orbitdit import Int4Linear, OrbitLinear, kernels
+from orbitdit import Int4Linear, OrbitLinear, kernels, trellis
 from orbitdit.kernels import E4M3, EXACT, INT8, cpu, ops, reference
 from orbitdit.packing import pack
 
@@ -51,12 +51,14 @@ def cases():
     return {
         "rotate_encode": (x, 4, -1, INT8),
         "decode": (*packed(48, 64, 3), 3, 64, INT8),
+        "decode of a trellis": (*packed(48, 64, 3), 3, 64, INT8, 12),
         "project": (
             x.view(1, 5, 64),
             [codes, decoded],
             [scales, row_scales],
             [None, bias],
             [3, 4],
+            [8, 0],
             4,
             -1,
             INT8,
@@ -69,6 +71,7 @@ def cases():
             [scales, scales],
             [None, None],
             3,
+            0,
             4,
             -1,
             INT8,
@@ -78,20 +81,26 @@ def cases():
             None,
         ),
         "exact_linear": (x, *packed(48, 64, 6), bias, 6, 4, -3),
+        "exact_linear of a trellis": (x, *packed(48, 64, 2), bias, 2, 4, -3, 10),
+        "viterbi": (random(3, 20), trellis.table(2, 8).float(), 2),
         "int4_linear": (x, packed(48, 64, 4)[0], random(48, 1).bfloat16(), bias),
     }
 
 
+def op_named(name):
+    return getattr(ops, name.partition(" ")[0])
+
+
 @pytest.mark.parametrize("name", cases())
 def test_the_registration_of_each_op(name):
-    assert set(torch.library.opcheck(getattr(ops, name).default, cases()[name]).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(op_named(name).default, cases()[name]).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", cases().keys() - {"encode_decode"})  # it returns nothing
 def test_shapes_and_dtypes_are_known_without_values(name):
     arguments = cases()[name]
-    results = getattr(ops, name)(*arguments)
-    on_meta = getattr(ops, name)(*torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), arguments))
+    results = op_named(name)(*arguments)
+    on_meta = op_named(name)(*torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), arguments))
     for expected, found in zip(*map(torch.utils._pytree.tree_leaves, (results, on_meta)), strict=True):
         assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
 
@@ -109,7 +118,7 @@ def test_ops_are_the_definition(grid):
     assert all(map(same, weight, reference.decode(codes, scales, 3, 64, grid)))
     product = reference.matmul(values, token_scales, *weight, bias, torch.float32)
     packed_and_decoded = ops.project(
-        x.view(3, 3, 64), [codes, weight[0]], [scales, weight[1]], [bias, bias], [3, 3], 4, -1, number, "", []
+        x.view(3, 3, 64), [codes, weight[0]], [scales, weight[1]], [bias, bias], [3, 3], [0, 0], 4, -1, number, "", []
     )
     assert packed_and_decoded.shape == (3, 3, 96)
     for y in packed_and_decoded.view(9, 96).split(48, dim=1):
@@ -251,8 +260,8 @@ def test_a_forced_grid_is_taken(forced):
         assert kernels.choose(forced, torch.device("cpu"), dtype) == forced
 
 
-@pytest.mark.parametrize(("count", "bias"), [(1, True), (3, True), (2, False)])
-def test_what_a_compiler_sees_of_a_product_on_e4m3(count, bias, monkeypatch):
+@pytest.mark.parametrize(("count", "bias", "states"), [(1, True, 0), (3, True, 12), (2, False, 8)])
+def test_what_a_compiler_sees_of_a_product_on_e4m3(count, bias, states, monkeypatch):
     """Buffers, one op that fills them, and the library's product: the shapes and dtypes that the op itself promises."""
     x = random(3, 5, 64, dtype=torch.float16)
     weights, scales = zip(*(packed(48, 64, 3) for _ in range(count)), strict=True)
@@ -266,9 +275,9 @@ def test_what_a_compiler_sees_of_a_product_on_e4m3(count, bias, monkeypatch):
         return (y if bias is None else y + bias.float()).to(out_dtype)
 
     monkeypatch.setattr(torch, "_scaled_mm", product)
-    arguments = x, weights, scales, biases, [3] * count, 4, -1, E4M3
+    arguments = x, weights, scales, biases, [3] * count, [states] * count, 4, -1, E4M3
     y = kernels._project_e4m3(ops.encode_decode, *arguments, "", ())
-    expected = ops.project(x, list(weights), list(scales), biases, [3] * count, 4, -1, E4M3, "", [])
+    expected = ops.project(x, list(weights), list(scales), *arguments[3:], "", [])
     assert (y.shape, y.dtype) == (expected.shape, expected.dtype) == ((3, 5, 48 * count), torch.float16)
     torch.testing.assert_close(y, expected, rtol=2**-7, atol=2e-2)
     assert {name: None if t is None else (t.shape, t.dtype) for name, t in filled.items()} == {

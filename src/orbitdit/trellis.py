@@ -20,7 +20,7 @@ codes.
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -33,6 +33,7 @@ from orbitdit.tables import shared
 
 UNIT = 1 / 32
 """Table values are whole multiples of it."""
+FILE = Path(__file__).with_name("trellis.safetensors")
 SHA256 = "bed89d3dd4cbf148da5ce88b029b7ee5e8d34673bda471bf22718673b87d8c09"
 CHUNK_STATES = 1 << 17
 """Rows times states that a thread works on at a time: what its core's cache holds."""
@@ -149,7 +150,7 @@ def _trace(state: np.ndarray, wins: list[np.ndarray], bits: int, groups: int) ->
 @shared
 def _tables() -> dict[str, Tensor]:
     """All tables, int8, in units of `UNIT`."""
-    data = files("orbitdit").joinpath("trellis.safetensors").read_bytes()
+    data = FILE.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise CheckpointError("orbitdit's file trellis.safetensors is damaged (its checksum is off): install it again")
+        raise CheckpointError(f"{FILE} is damaged, its checksum is off: install orbitdit again")
     return safetensors.torch.load(data)
