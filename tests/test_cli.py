@@ -96,6 +96,20 @@ def test_plan_of_the_embedded_model(run):
     assert os.listdir() == []
 
 
+def test_plan_says_how_weights_are_coded(run):
+    rule = ("--rule", "*.ff.*=w6a6")
+    assert "Weights at 2 bits: trellis 2^12, unbiased; at 6 bits: scalar, unbiased.\n" in squeezed(
+        run("plan", "--bits", "w2a4", *rule)
+    )
+    assert "Weights at 2 bits: scalar, norm.\n" in squeezed(run("plan", "--bits", "w2a4", "--recipe", "paper"))
+    assert "Weights at 4 bits: scalar, unbiased.\n" in squeezed(run("plan", "--recipe", "best"))
+
+
+def squeezed(result):
+    """Printed lines without the spaces that centre them."""
+    return "".join(f"{line.strip()}\n" for line in result[1].splitlines())
+
+
 def test_plan_keeps_names_whole_on_a_narrow_terminal(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = run("plan")
@@ -112,7 +126,7 @@ def test_no_arguments_show_the_help(run):
 
 
 def test_options_without_effect_are_refused(run):
-    for option in (("--rule", "*=keep"), ("--rotation-seed", 3)):
+    for option in (("--rule", "*=keep"), ("--rotation-seed", 3), ("--recipe", "paper")):
         assert_one_line(run("generate", "--prompt", "a circle", *option), "--bits")
     assert_one_line(run("plan", "--rule", "nomatch.*=w6a6"), "nomatch.*")
 
@@ -176,7 +190,7 @@ def test_hub_failures_are_one_line(run):
 
 
 def test_quantize_the_embedded_pipeline(run):
-    code, out, _ = run("quantize", "--bits", "w2a4", "--seed", 3, "--rule", "*.to_v=int4")
+    code, out, _ = run("quantize", "--bits", "w2a4", "--recipe", "paper", "--seed", 3, "--rule", "*.to_v=int4")
     assert code == 0
     target = Path("quantized")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -190,7 +204,7 @@ def test_quantize_the_embedded_pipeline(run):
     assert_one_line(run("quantize"), "quantized exists")
     assert_one_line(run("quantize", "quantized", "--out", "again"), "quantized already")
     assert os.listdir() == ["quantized"]
-    config = OrbitQuantConfig("w2a4", seed=3, rules=(("*.to_v", "int4"),))
+    config = OrbitQuantConfig("w2a4", "paper", seed=3, rules=(("*.to_v", "int4"),))
     assert OrbitQuantConfig.from_dict(load_config(target / "transformer")["quantization_config"]) == config
     model = load_model(target / "transformer")
     expected = load_model(MODEL_DIR / "transformer", config).state_dict()
@@ -246,6 +260,8 @@ BAD = {
     "bits of generate": (["generate", "--prompt", "a circle", "--bits", "4"], "'4'"),
     "bits of compare": (["compare", "--bits", "w4a4", "--bits", "fp4"], "'fp4'"),
     "empty bits": (["plan", "--bits", ""], "''"),
+    "recipe": (["plan", "--recipe", "fast"], "recipe='fast'"),
+    "recipe of compare": (["compare", "--recipe", "scalar"], "recipe='scalar'"),
     "rule": (["plan", "--rule", "*.ff.*"], "GLOB=ACTION"),
     "rule action": (["quantize", "--rule", "*.ff.*=zero"], "'zero'"),
     "nothing left": (["plan", "--rule", "*=keep"], "nothing to quantize"),

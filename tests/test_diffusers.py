@@ -117,6 +117,10 @@ def test_rules_and_settings_travel_with_the_checkpoint(tmp_path):
     assert not any(name.startswith("transformer_blocks.0.") for name in bits)
     assert bits["transformer_blocks.1.ff.net.2"] == 6
     assert bits["transformer_blocks.1.attn.to_q"] == 3
+    states = {name: layer.states for name, layer in packed_layers(loaded) if isinstance(layer, OrbitLinear)}
+    assert (states["transformer_blocks.1.attn.to_q"], states["transformer_blocks.1.ff.net.2"]) == (12, 0)
+    with torch.no_grad():
+        assert torch.equal(family.run(loaded), family.run(model))
     assert bits["proj_out"] == "int4"
     assert "transformer_blocks.1.norm1.linear" not in bits
 

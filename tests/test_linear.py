@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import oracle
-from orbitdit import ConfigError, Int4Linear, OrbitLinear, TensorError, kernels
+from orbitdit import ConfigError, Int4Linear, OrbitLinear, TensorError, kernels, trellis
 from orbitdit.kernels import E4M3, EXACT, INT8, reference
 from orbitdit.kernels.reference import encode_tokens
 
@@ -396,3 +396,42 @@ def test_autocast_changes_nothing(grid, dtype, autocast):
     for ours, other in zip(found, expected, strict=True):
         assert ours.dtype == dtype
         assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize(("weight_bits", "states"), [(2, 8), (3, 10), (4, 8), (2, 12)])
+@pytest.mark.parametrize("dim", [64, 137, 192])
+def test_trellis_layers_multiply_the_points_that_their_codes_name(dim, weight_bits, states):
+    linear, x = plain_linear(dim, rows=16, seed=dim), tokens(9, dim)
+    layer = OrbitLinear.from_linear(linear, weight_bits, 4, 1, states=states, scale="unbiased")
+    codes = torch.from_numpy(oracle.unpack(layer.codes.numpy(), weight_bits, dim))
+    points = trellis.table(weight_bits, states)[trellis.windows(codes, weight_bits, states)].numpy()
+    weight = points * fp64(layer.scales)[:, None] / np.sqrt(dim)
+    own = encode_tokens(x, 4, 1)[0].numpy()
+    expected = oracle.rotated_tokens(fp64(x), 4, 1, own) @ weight.T + fp64(linear.bias)
+    assert relative(layer(x), expected) < 2e-6
+    assert relative(layer.dequantize(), weight @ oracle.rotation_matrix(dim, 1)) < 1e-6
+    assert relative(layer(x.clone().requires_grad_()), expected) < 2e-6
+    assert f"W{weight_bits}A4, trellis 2^{states}" in repr(layer)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("states", [8, 12])
+def test_trellis_layers_are_the_same_on_every_grid(states, dtype):
+    """Their points are exact on all of them: only the tokens' codebook differs, and is the same for a scalar layer."""
+    linear, x = plain_linear(192, rows=16, dtype=dtype), tokens(40, 192).to(dtype)
+    layer = OrbitLinear.from_linear(linear, 2, 4, states=states)
+    plain = OrbitLinear.from_linear(linear, 2, 4)
+    exact = fp64(reference.exact_linear(x.float(), *exact_arguments(layer), states))
+    for grid in (E4M3, INT8, EXACT):
+        for resident in (False, True):
+            layer.set_grid(grid, resident)
+            plain.set_grid(grid, False)
+            off = relative(layer(x), exact)
+            base = relative(plain(x), fp64(reference.exact_linear(x.float(), *exact_arguments(plain))))
+            assert off < base + 0.004
+
+
+def test_layers_with_trellises_that_do_not_exist_are_refused():
+    for bits, states in ((6, 12), (2, 9)):
+        with pytest.raises(ConfigError, match="trellis"):
+            OrbitLinear(64, 16, weight_bits=bits, activation_bits=4, states=states)

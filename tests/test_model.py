@@ -21,6 +21,7 @@ from orbitdit import (
     quantize_,
 )
 from orbitdit.config import QuantMethod
+from orbitdit.quantize import quantize_weight
 
 W4A4 = OrbitQuantConfig("w4a4")
 LIMITS = {
@@ -94,7 +95,7 @@ def test_outputs_stay_near_full_precision(name, bits):
     family, limit = FAMILIES[name], LIMITS[name][bits]
     model = family.build()
     expected = family.run(model)
-    quantize_(model, OrbitQuantConfig(bits), progress=False)
+    quantize_(model, OrbitQuantConfig(bits, trellis_states=10), progress=False)
     got = family.run(model)
     assert got.dtype == torch.float32
     assert torch.isfinite(got).all()
@@ -122,9 +123,25 @@ def test_rules_and_widths_reach_the_layers():
     block = model.transformer_blocks[1]
     assert (block.attn.to_q.weight_bits, block.attn.to_q.activation_bits, block.attn.to_q.seed) == (6, 8, 3)
     assert (block.attn.to_k.weight_bits, block.attn.to_k.activation_bits, block.attn.to_k.seed) == (2, 3, 3)
+    assert (block.attn.to_q.states, block.attn.to_k.states) == (0, 12)
     assert type(model.proj_out) is Int4Linear
     kept = (block.norm1.linear, block.norm1_context.linear, block.attn.to_add_out, model.x_embedder)
     assert [type(module) for module in kept] == [nn.Linear] * 4
+
+
+def test_recipes_reach_the_layers():
+    """The paper's: nearest centroids and norms. The best one: trellis codes, and scales that undo what codes shrink."""
+    weight = dict(FAMILIES["wan"].build().named_parameters())["blocks.0.ffn.net.2.weight"]
+    for config, options in (
+        (OrbitQuantConfig("w2a4", "paper", seed=3), {}),
+        (OrbitQuantConfig("w2a4", trellis_states=8, seed=3), {"states": 8, "scale": "unbiased"}),
+        (OrbitQuantConfig("w4a4", seed=3), {"scale": "unbiased"}),
+    ):
+        layer = quantized(FAMILIES["wan"], config).blocks[0].ffn.net[2]
+        expected = quantize_weight(weight, config.weight_bits, 3, **options)
+        assert torch.equal(layer.codes, expected.codes)
+        assert torch.equal(layer.scales, expected.scales)
+        assert layer.states == options.get("states", 0)
 
 
 def test_the_seed_decides_the_codes():

@@ -346,6 +346,24 @@ def test_a_users_rule_wins_over_the_policy(name, action, expected):
             assert row == plain[row.name]
 
 
+@pytest.mark.parametrize(
+    ("bits", "recipe", "expected"),
+    [
+        ("w4a4", "best", {4: "scalar, unbiased", 6: "scalar, unbiased", 2: "trellis 2^12, unbiased"}),
+        ("w3a4", "best", {3: "trellis 2^12, unbiased", 6: "scalar, unbiased", 2: "trellis 2^12, unbiased"}),
+        ("w3a4", "paper", {3: "scalar, norm", 6: "scalar, norm", 2: "scalar, norm"}),
+    ],
+)
+def test_each_layer_has_the_codebook_of_its_bits(bits, recipe, expected):
+    rules = (("x_embedder", "quantize"), ("blocks.0.norm.*", "int4"), ("blocks.0.ff.*", "w6a6"), ("*.1.ff.*", "w2a8"))
+    found = build_plan("Unknown", BLOCKS, OrbitQuantConfig(bits, recipe, rules=rules))
+    assert {row.weight_bits: row.coding for row in found.select("quantize")} == expected
+    for row in found.layers:
+        assert (row.states, row.scale) == (12 if "trellis" in row.coding else 0, row.coding.partition(", ")[2])
+    # the codebook takes no part in the size
+    assert found.bytes_after == build_plan("Unknown", BLOCKS, OrbitQuantConfig(bits, "paper", rules=rules)).bytes_after
+
+
 def test_the_first_rule_that_matches_decides():
     rules = (("blocks.1.*", "keep"), ("*.ff.*", "w6a6"), ("blocks.[01].norm.*", "w8a8"))
     assert list(actions(BLOCKS, OrbitQuantConfig(rules=rules)).values()) == ["kept", "W8A8", "W6A6", "kept", "kept"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracle
-from orbitdit import ConfigError, TensorError
+from orbitdit import ConfigError, TensorError, trellis
 from orbitdit.quantize import QuantizedWeight, dequantize_int4, dequantize_weight, quantize_int4, quantize_weight
 
 MSE = {2: 0.117482, 3: 0.0345477, 4: 0.00950098, 6: 0.000644238}
@@ -224,3 +224,59 @@ def test_no_rows():
     assert empty.scales.shape == (0,)
     assert dequantize_weight(empty, 4, 96).shape == (0, 96)
     assert dequantize_int4(quantize_int4(torch.zeros(0, 96)), 96).shape == (0, 96)
+
+
+@pytest.mark.parametrize("make", [gaussian, heavy_tailed])
+@pytest.mark.parametrize(("bits", "states"), [(2, 0), (3, 0), (4, 0), (8, 0), (2, 8), (3, 10), (4, 8)])
+def test_the_unbiased_scale_gives_every_row_its_length_back(bits, states, make):
+    """<w, w^> = ||w||^2, up to the rounding to bf16; the norm leaves (1 - D) of it."""
+    weight = make(12, 192).double()
+    weight[3] = 0
+    energy = weight.square().sum(1)
+    unbiased, norm = (quantize_weight(weight, bits, 1, states=states, scale=scale) for scale in ("unbiased", "norm"))
+    assert torch.equal(unbiased.codes, norm.codes)
+    assert unbiased.scales.dtype == torch.bfloat16
+    kept = (dequantize_weight(unbiased, bits, 192, 1, states).double() * weight).sum(1)
+    torch.testing.assert_close(kept, energy, rtol=2**-8, atol=0)
+    assert unbiased.scales[3] == norm.scales[3] == 0
+    if not states:
+        shrunk = (dequantize_weight(norm, bits, 192, 1).double() * weight).sum(1) / energy.where(energy > 0, 1)
+        assert shrunk[energy > 0].mean().item() == pytest.approx(1 - MSE.get(bits, 0), abs=0.02)
+
+
+@pytest.mark.parametrize(("dim", "bits", "states"), [(137, 2, 8), (96, 3, 8), (64, 4, 10), (1, 2, 8), (63, 2, 12)])
+def test_trellis_codes_are_those_of_the_rotated_row(dim, bits, states):
+    """Rotated by a dense matrix; the search itself has its tests in test_trellis.py."""
+    weight = gaussian(4, dim, seed=dim)
+    quantized = quantize_weight(weight, bits, seed=5, states=states, scale="norm")
+    rotated = fp64(weight) @ oracle.rotation_matrix(dim, 5).T
+    norms = np.sqrt((rotated**2).sum(1))
+    z = torch.from_numpy(np.sqrt(dim) * rotated / norms[:, None]).float()
+    codes = trellis.encode(z, bits, states)
+    np.testing.assert_array_equal(oracle.unpack(quantized.codes.numpy(), bits, dim), codes.numpy())
+    np.testing.assert_array_equal(fp64(quantized.scales), oracle.to_bf16(norms))
+    values = trellis.table(bits, states)[trellis.windows(codes, bits, states)].numpy() / np.sqrt(dim)
+    expected = values * oracle.to_bf16(norms)[:, None] @ oracle.rotation_matrix(dim, 5)
+    back = dequantize_weight(quantized, bits, dim, 5, states)
+    assert np.linalg.norm(fp64(back) - expected) < 1e-6 * np.linalg.norm(expected)
+
+
+def test_rows_that_no_trellis_code_fits_keep_their_norm():
+    """One weight has few states to choose from; its sign is kept all the same, and the scale stays finite."""
+    for bits, states in ((2, 8), (3, 12), (4, 10)):
+        weight = torch.tensor([[2.0], [-3.0], [0.0], [1e-30]])
+        back = dequantize_weight(quantize_weight(weight, bits, states=states, scale="unbiased"), bits, 1, 0, states)
+        torch.testing.assert_close(back, weight, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": "mean"}, "scale='mean' is not supported; choose one of unbiased, norm"),
+        ({"bits": 6, "states": 12}, "a trellis with bits=6"),
+        ({"states": 9}, "a trellis with states=9"),
+    ],
+)
+def test_unknown_scales_and_trellises_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        quantize_weight(torch.ones(2, 8), **{"bits": 2, **options})

@@ -37,7 +37,7 @@ def random(*shape, seed=0):
 
 def quantized(name, grid="int8", bits="w4a4"):
     model = FAMILIES[name].build().to(BF16)
-    quantize_(model, OrbitQuantConfig(bits), progress=False)
+    quantize_(model, OrbitQuantConfig(bits, trellis_states=8), progress=False)
     return set_grid_(model, grid)
 
 

@@ -16,6 +16,18 @@ exact in e4m3, in int8 (times 32) and in bf16, so that every device computes wit
 
 where ties take the lowest j, and the way back begins at the lowest state of least distance: every device finds the same
 codes.
+
+Squared error on normal rows of 3,072, as training/trellis_log.jsonl has it (scalar Lloyd-Max: .1175, .0345, .0095):
+
+    L     2 bits   3 bits   4 bits
+    8     .0788    .0218    .0066
+    10    .0741    .0197    .0055
+    12    .0709    .0185    .0049
+
+Points in place of free values cost 0.1% (2 bits) and 0.2% (3 bits) of that at L = 12, at most 1.3% elsewhere. The start in
+state 0 is the simple choice. Tail-biting, where the row's last bits come before its first, would save 0.2% on rows of
+3,072 weights, 0.7% (2 bits) and 0.8% (3 bits) on rows of 1,024, 2.4% and 3.2% on rows of 256 (64 K weights each, L = 12,
+the state at the seam from a search over the row turned by half); for that every search would run twice.
 """
 
 import hashlib

@@ -96,7 +96,7 @@ def _by_rows(
 ) -> Tensor:
     """tokens (tokens, dim) times the decoded codes (rows, bytes), with scales (tokens, 1) and (rows,), and bias."""
     dim, scales = tokens.shape[1], scales.float()
-    token_scales = token_scales * _weight_values(dim, bits, states, tokens.dtype)[1]
+    token_scales = token_scales * _weight_values(dim, bits, tokens.dtype, states)[1]
     bias = torch.zeros_like(scales) if bias is None else bias.float()
     outputs = tokens.new_empty(len(tokens), len(codes), dtype=dtype)
     rows = max(64, WEIGHT_ELEMENTS // dim // 64 * 64)
@@ -118,7 +118,7 @@ def multiplies_int8() -> bool:
 
 
 @shared
-def _weight_values(dim: int, bits: int, states: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+def _weight_values(dim: int, bits: int, dtype: torch.dtype, states: int = 0) -> tuple[Tensor, float]:
     """The points of stored codes, in `dtype`, and the scale that belongs to them."""
     if dtype == torch.int8:
         return reference.grid_points(dim, bits, states, "int8", CPU)
@@ -146,7 +146,7 @@ def decode(codes: Tensor, bits: int, dim: int, dtype: torch.dtype, states: int =
     if states:
         words, table = _windows_of_two(codes, bits, states), _of_windows_of_two(dim, bits, states, dtype)
     elif dtype == torch.float32:
-        return look_up(unpack(codes, bits, dim), _weight_values(dim, bits, 0, dtype)[0])
+        return look_up(unpack(codes, bits, dim), _weight_values(dim, bits, dtype)[0])
     else:
         words, table = _words(codes, bits), _of_words(dim, bits, dtype)
     return table.index_select(0, words).view(dtype).view(len(codes), -1)[:, :dim]
@@ -175,7 +175,7 @@ def _of_windows_of_two(dim: int, bits: int, states: int, dtype: torch.dtype) -> 
     """The values of two codes that follow each other, side by side in one integer, for each window on both."""
     window = torch.arange(1 << states + bits)
     both = torch.stack([window & (1 << states) - 1, window >> bits], 1)
-    return _side_by_side(_weight_values(dim, bits, states, dtype)[0][both])
+    return _side_by_side(_weight_values(dim, bits, dtype, states)[0][both])
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
@@ -195,7 +195,7 @@ def _of_words(dim: int, bits: int, dtype: torch.dtype) -> Tensor:
     """The values of all codes of a word, side by side in one integer, for each word."""
     word = 8 if 8 % bits == 0 else 12
     codes = torch.arange(1 << word)[:, None] >> torch.arange(0, word, bits) & (1 << bits) - 1
-    return _side_by_side(_weight_values(dim, bits, 0, dtype)[0][codes])
+    return _side_by_side(_weight_values(dim, bits, dtype)[0][codes])
 
 
 def _side_by_side(values: Tensor) -> Tensor:
