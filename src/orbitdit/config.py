@@ -33,6 +33,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {"best": Recipe("unbiased", (2, 3)), "paper": Recipe("norm", ())}
+"""At 4 bits a trellis halves the weights' error too, but pictures came no closer (24 prompts of the embedded model)."""
 
 
 class QuantMethod(str, Enum):

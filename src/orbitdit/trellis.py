@@ -24,10 +24,10 @@ Squared error on normal rows of 3,072, as training/trellis_log.jsonl has it (sca
     10    .0741    .0197    .0055
     12    .0709    .0185    .0049
 
-Points in place of free values cost 0.1% (2 bits) and 0.2% (3 bits) of that at L = 12, at most 1.3% elsewhere. The start in
-state 0 is the simple choice. Tail-biting, where the row's last bits come before its first, would save 0.2% on rows of
-3,072 weights, 0.7% (2 bits) and 0.8% (3 bits) on rows of 1,024, 2.4% and 3.2% on rows of 256 (64 K weights each, L = 12,
-the state at the seam from a search over the row turned by half); for that every search would run twice.
+Points in place of free values cost 0.1% (2 bits) and 0.2% (3 bits) of that at L = 12, and at most 1.3% elsewhere. The
+start in state 0 is the simple choice. Tail-biting, where the row's last bits come before its first, would save 0.2% on
+rows of 3,072 weights, 0.7% (2 bits) and 0.8% (3 bits) on rows of 1,024, 2.4% and 3.2% on rows of 256 (65,536 weights
+each, L = 12, the state at the seam from a search over the row turned by half); every search would run twice for it.
 """
 
 import hashlib
