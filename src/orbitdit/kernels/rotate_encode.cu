@@ -21,9 +21,12 @@
 // table, without bank conflicts. For more bits, BINS bins in shared memory hold the grid byte of their middle; their
 // width was chosen so that boundaries lie close to edges of bins.
 //
-// What a token is (BEFORE): 0, a row of x. 1, FIRST channels of `first`, then gelu(x) (tanh approximation), as the MLP of
-// a transformer block has it. 2, LayerNorm(x) * (1 + scale) + shift without other parameters, as AdaLN has it; scale and
-// shift are rows of a batch of `batch_tokens` tokens each. Both in fp32, rounded to 16 bits once.
+// What a token is (BEFORE): 0, a row of x. 1, FIRST channels of `first_channels`, then gelu(x) (tanh approximation), as
+// the MLP of a transformer block has it. 2, LayerNorm(x) * (1 + scale) + shift without other parameters, as AdaLN has
+// it; each row of scale and shift is for `batch_tokens` tokens. Both in fp32, rounded to 16 bits once.
+//
+// A block that takes one token at a time has two places for it: while one is worked on, the next is on its way to the
+// other, without registers. Two tokens do not lie in shared memory as they arrive, so their way is through registers.
 //
 // Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS, SPLIT
 // (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), HALF (fp16, else bf16), MIN_BLOCKS (a processor, for the
@@ -34,6 +37,9 @@
 #define VECTORS (DIM / 8)
 #define UNITS ((DIM + 256 * TILES - 1) / (256 * TILES))
 #define STEPS ((VECTORS + THREADS - 1) / THREADS)  // vectors of a token a thread
+#define ASYNC (TOKENS == 1)
+#define STAGE_BYTES (TOKENS * (DIM + 8) * 2)
+#define STAGES_BYTES ((ASYNC ? 2 : 1) * STAGE_BYTES)
 #if BEFORE == 2
 #define LOADS STEPS
 #else
@@ -160,14 +166,15 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 #if BEFORE == 1
 #define SOURCE , const u16* __restrict__ first_channels, int first_pitch, int pitch
 #elif BEFORE == 2
-#define SOURCE , const u16* __restrict__ scale, const u16* __restrict__ shift, int pitch, int batch_tokens, float epsilon
+#define SOURCE \
+  , const u16* __restrict__ scale, const u16* __restrict__ shift, int pitch, int batch_tokens, float epsilon
 #else
 #define SOURCE
 #endif
 
-// x (tokens, DIM - FIRST) with `pitch` numbers from row to row (without BEFORE: DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table: 32
-// words or BINS bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2
-// bytes and, with SPLIT, 512 for each token and tile that a block has in hand.
+// x (tokens, DIM - FIRST), `pitch` numbers from row to row with BEFORE == 1; gather (tiles, 32 lanes, 8) u16: place in
+// shared memory, and in the highest bit the sign; table: 32 words or BINS bytes; out (tokens, DIM) grid bytes, scales
+// (tokens,). Dynamic shared memory: STAGES_BYTES and, with SPLIT, 512 for each token and tile that a block has in hand.
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
                   u8* __restrict__ out, float* __restrict__ scales, int tokens, float to_unit, float slope,
@@ -183,12 +190,15 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if BEFORE == 2
   __shared__ float moments[2][TOKENS][WARPS];
 #endif
-  u8* const staged = dynamic_shared();
+  u8* staged = dynamic_shared();
   // the shuffle tells the compiler that all lanes agree on it
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), g = lane >> 2, q = lane & 3;
 
   // what coordinates past the end read
-  if (threadIdx.x < TOKENS * 8) reinterpret_cast<u16*>(staged)[TOKENS * DIM + threadIdx.x] = 0;
+  if (threadIdx.x < TOKENS * 8) {
+    reinterpret_cast<u16*>(staged)[TOKENS * DIM + threadIdx.x] = 0;
+    reinterpret_cast<u16*>(staged + STAGES_BYTES - TOKENS * 16)[threadIdx.x] = 0;
+  }
 
   u32 left[4], right[2][2][2];  // right: [negated]
 #pragma unroll
@@ -198,18 +208,34 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     right[1][i >> 1][i & 1] = right[0][i >> 1][i & 1] ^ 0x80008000u;
   }
 
-  // Vector v of token t of those at hand; of none past the end.
-  auto load = [&](int first, int v, int t) {
+  // Vector v of token t of those at hand; past the end, of the last one.
+  auto source = [&](int first, int v, int t) {
     const i64 token = min(first + t, tokens - 1);
 #if BEFORE == 1
-    if (v * 8 < FIRST) return load_streaming(first_channels + token * first_pitch + v * 8);
-    return load_streaming(x + token * pitch + (v * 8 - FIRST));
+    if (v * 8 < FIRST) return first_channels + token * first_pitch + v * 8;
+    return x + token * pitch + (v * 8 - FIRST);
 #else
-    return load_streaming(x + token * DIM + v * 8);
+    return x + token * DIM + v * 8;
 #endif
   };
 
+#if ASYNC
+  auto fetch = [&](int first, u8* to) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      const int v = step * THREADS + threadIdx.x;
+      if ((step + 1) * THREADS <= VECTORS || v < VECTORS) copy_async(to + v * 16, source(first, v, 0));
+    }
+  };
+  if (blockIdx.x < tokens) fetch(blockIdx.x, staged);
+  u8* other = staged + STAGE_BYTES;
+#endif
+
   for (int first = blockIdx.x * TOKENS; first < tokens; first += gridDim.x * TOKENS) {
+#if ASYNC
+    wait_for_copies();  // of this thread: the others are waited for at the next barrier
+    if (first + gridDim.x < tokens) fetch(first + gridDim.x, other);
+#endif
     float squares[TOKENS][2][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += LOADS) {
@@ -220,7 +246,13 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
         for (int t = 0; t < TOKENS; ++t) {
           const int v = (step + l) * THREADS + threadIdx.x;
           if ((step + l + 1) * THREADS > VECTORS) loaded[l][t] = make_uint4(0, 0, 0, 0);
-          if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS) loaded[l][t] = load(first, v, t);
+          if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS) {
+#if ASYNC
+            loaded[l][t] = reinterpret_cast<const uint4*>(staged)[v];
+#else
+            loaded[l][t] = load_streaming(source(first, v, t));
+#endif
+          }
         }
 #if BEFORE == 2
       float mean[TOKENS], deviation[TOKENS];  // of 1 / the standard deviation
@@ -274,7 +306,9 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
           add_squares(squares[t], r);
         }
+#if !ASYNC || BEFORE
         if (inside) lay_out(staged, v, loaded[l]);
+#endif
       }
     }
 #pragma unroll
@@ -402,7 +436,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
       const int unit = round * (WARPS / FACTOR2) + warp / FACTOR2, part = warp % FACTOR2;
       const bool active = UNITS % (WARPS / FACTOR2) == 0 || unit < UNITS;
       uint4* const exchange =
-          reinterpret_cast<uint4*>(staged + TOKENS * (DIM + 8) * 2) + warp / FACTOR2 * (TILES * TOKENS * 32) + lane;
+          reinterpret_cast<uint4*>(dynamic_shared() + STAGES_BYTES) + warp / FACTOR2 * (TILES * TOKENS * 32) + lane;
       if (active) {
         u32 middle[FACTOR1][TOKENS][4];
         left_product(unit, part, middle);
@@ -453,5 +487,9 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
     }
     __syncthreads();
+#if ASYNC
+    u8* const done = staged;
+    staged = other, other = done;
+#endif
   }
 }
