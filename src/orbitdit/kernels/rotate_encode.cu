@@ -5,10 +5,10 @@
 // read of the gather serves all of them. The rest stays in registers: a warp gathers 256 coordinates as a 16 x 16
 // matrix in the layout of a B operand and multiplies it with H_16 from the left; the product has the layout of an A
 // operand, is rounded to fp16 once, and is multiplied with H_16 from the right. That is H_256, since H_256 = H_16 (x)
-// H_16 for any assignment of index bits to rows and columns. Larger Hadamard matrices add FACTOR1 (left) and FACTOR2
-// (right) such tiles with the signs of H_FACTOR1 and H_FACTOR2 (with SPLIT, FACTOR2 warps share that work through
-// shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the identity on the
-// others.
+// H_16 for any assignment of index bits to rows and columns. Larger Hadamard matrices combine
+// the products of FACTOR1 tiles on the left and FACTOR2 on the right, by butterflies in fp32 (with SPLIT, FACTOR2 warps
+// share that work through shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and
+// the identity on the others.
 //
 // Bits of a coordinate's index in its tile, low to high: c0 c3 r3 c1 c2 r0 r1 r2 (r: row, c: column), which gives each
 // lane 8 consecutive coordinates in the end, and `lane * 8` is where they start.
@@ -71,6 +71,23 @@ __device__ inline u32 entry(int row, int column, int mask, u32 one) {
 
 __device__ inline u32 entry_pair(int row, int column, int mask, u32 one) {
   return entry(row, column, mask, one) | entry(row, column + 1, mask, one) << 16;
+}
+
+// The Hadamard matrix of order N over N tiles' products, which lie alike in all lanes: butterflies.
+template <int N>
+__device__ inline void hadamard(float (&sum)[N][2][4]) {
+#pragma unroll
+  for (int step = 1; step < N; step *= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (!(i & step))
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float &one = sum[i][j >> 2][j & 3], &two = sum[i | step][j >> 2][j & 3];
+          const float difference = one - two;
+          one += two;
+          two = difference;
+        }
 }
 
 __device__ inline float sum_of_warp(float v) {
@@ -200,12 +217,11 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     reinterpret_cast<u16*>(staged + STAGES_BYTES - TOKENS * 16)[threadIdx.x] = 0;
   }
 
-  u32 left[4], right[2][2][2];  // right: [negated]
+  u32 left[4], right[2][2];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     left[i] = entry_pair(g + 8 * (i & 1), 2 * q + 8 * (i >> 1), ROW_BITS, ONE);
-    right[0][i >> 1][i & 1] = entry_pair(g + 8 * (i >> 1), 2 * q + 8 * (i & 1), COLUMN_BITS, 0x3c00u);
-    right[1][i >> 1][i & 1] = right[0][i >> 1][i & 1] ^ 0x80008000u;
+    right[i >> 1][i & 1] = entry_pair(g + 8 * (i >> 1), 2 * q + 8 * (i & 1), COLUMN_BITS, 0x3c00u);
   }
 
   // Vector v of token t of those at hand; past the end, of the last one.
@@ -377,56 +393,51 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
         }
       }
 #pragma unroll
-      for (int o1 = 0; o1 < FACTOR1; ++o1)
+      for (int t = 0; t < TOKENS; ++t) {
+        float sum[FACTOR1][2][4];
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-          float sum[2][4];
+        for (int f1 = 0; f1 < FACTOR1; ++f1)
 #pragma unroll
-          for (int f1 = 0; f1 < FACTOR1; ++f1) {
-            u32 a[4];
+          for (int n = 0; n < 2; ++n) mma_input_first(sum[f1][n], scaled[t], b[f1][t][n]);
+        hadamard(sum);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[i] = scaled[t][i] ^ (__popc(o1 & f1) & 1 ? 0x80008000u : 0u);
-#pragma unroll
-            for (int n = 0; n < 2; ++n)
-              if (f1 == 0)
-                mma_input_first(sum[n], a, b[0][t][n]);
-              else
-                mma_input(sum[n], a, b[f1][t][n]);
-          }
+        for (int o1 = 0; o1 < FACTOR1; ++o1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float* const c = &sum[i >> 1][2 * (i & 1)];
+            const float* const c = &sum[o1][i >> 1][2 * (i & 1)];
             middle[o1][t][i] = HALF ? pack_f16(c[0] * factor[t], c[1] * factor[t]) : pack_f16(c[0], c[1]);
           }
-        }
+      }
     };
 
-    // The right product of tile (o1, o2) of a unit from the left products of all f2, its codes, and their way out.
-    auto finish = [&](int unit, int o1, int o2, int t, const u32 (&middle)[FACTOR2][4]) {
-      float sum[2][4];
+    // The right products of the tiles (o1, any) of a unit from the left products of all f2, their codes, and their way
+    // out.
+    auto finish = [&](int unit, int o1, int t, const u32 (&middle)[FACTOR2][4]) {
+      float sums[FACTOR2][2][4];
 #pragma unroll
       for (int f2 = 0; f2 < FACTOR2; ++f2)
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-          if (f2 == 0)
-            mma_f16_first(sum[n], middle[0], right[0][n]);
-          else
-            mma_f16(sum[n], middle[f2], right[__popc(o2 & f2) & 1][n]);
-      u32 byte[8];
+        for (int n = 0; n < 2; ++n) mma_f16_first(sums[f2][n], middle[f2], right[n]);
+      hadamard(sums);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {  // bits of i: c0, c3, r3
-        const float z = fma_sat(sum[i >> 1 & 1][(i & 1) + 2 * (i >> 2)], rise[t], 0.49999994f);  // 0: the lower code
+      for (int o2 = 0; o2 < FACTOR2; ++o2) {
+        const float(&sum)[2][4] = sums[o2];
+        u32 byte[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {  // bits of i: c0, c3, r3
+          const float z = fma_sat(sum[i >> 1 & 1][(i & 1) + 2 * (i >> 2)], rise[t], 0.49999994f);  // 0: the lower code
 #if BINS > 32
-        byte[i] = look_up(bins, __fmaf_rn(z, __uint_as_float(BINS - 1), base));
+          byte[i] = look_up(bins, __fmaf_rn(z, __uint_as_float(BINS - 1), base));
 #else
-        const u32 place = __float_as_uint(__fmaf_rn(z, 2097151.f, 8388608.f));  // 5 bits bin, 16 bits place in it
-        byte[i] = shift_if_greater(__shfl_sync(0xffffffffu, bin, place >> 16), place << 16);
+          const u32 place = __float_as_uint(__fmaf_rn(z, 2097151.f, 8388608.f));  // 5 bits bin, 16 bits place in it
+          byte[i] = shift_if_greater(__shfl_sync(0xffffffffu, bin, place >> 16), place << 16);
 #endif
+        }
+        const int index = (unit * TILES + o2 * FACTOR1 + o1) * 256 + lane * 8;
+        if (first + t < tokens && (DIM % 256 == 0 || index < DIM))
+          *reinterpret_cast<uint2*>(out + static_cast<i64>(first + t) * DIM + index) =
+              make_uint2(join(byte[0], byte[1], byte[2], byte[3]), join(byte[4], byte[5], byte[6], byte[7]));
       }
-      const int index = (unit * TILES + o2 * FACTOR1 + o1) * 256 + lane * 8;
-      if (first + t < tokens && (DIM % 256 == 0 || index < DIM))
-        *reinterpret_cast<uint2*>(out + static_cast<i64>(first + t) * DIM + index) =
-            make_uint2(join(byte[0], byte[1], byte[2], byte[3]), join(byte[4], byte[5], byte[6], byte[7]));
     };
 
 #pragma unroll 1
@@ -461,8 +472,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
               const uint4 m = exchange[((f2 * FACTOR1 + o1) * TOKENS + t) * 32];
               middle[f2][0] = m.x, middle[f2][1] = m.y, middle[f2][2] = m.z, middle[f2][3] = m.w;
             }
-#pragma unroll
-            for (int o2 = 0; o2 < FACTOR2; ++o2) finish(unit, o1, o2, t, middle);
+            finish(unit, o1, t, middle);
           }
       }
       if (ROUNDS > 1) __syncthreads();
@@ -481,8 +491,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
           for (int f2 = 0; f2 < FACTOR2; ++f2)
 #pragma unroll
             for (int i = 0; i < 4; ++i) middle[f2][i] = left_products[f2][o1][t][i];
-#pragma unroll
-          for (int o2 = 0; o2 < FACTOR2; ++o2) finish(unit, o1, o2, t, middle);
+          finish(unit, o1, t, middle);
         }
 #endif
     }
