@@ -5,10 +5,11 @@
 // read of the gather serves all of them. The rest stays in registers: a warp gathers 256 coordinates as a 16 x 16
 // matrix in the layout of a B operand and multiplies it with H_16 from the left; the product has the layout of an A
 // operand, is rounded to fp16 once, and is multiplied with H_16 from the right. That is H_256, since H_256 = H_16 (x)
-// H_16 for any assignment of index bits to rows and columns. Larger Hadamard matrices combine
-// the products of FACTOR1 tiles on the left and FACTOR2 on the right, by butterflies in fp32 (with SPLIT, FACTOR2 warps
-// share that work through shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and
-// the identity on the others.
+// H_16 for any assignment of index bits to rows and columns. Larger Hadamard matrices combine the products of FACTOR1
+// tiles on the left and FACTOR2 on the right with the signs of H_FACTOR1 and H_FACTOR2: in the product's own sum, or with
+// BUTTERFLIES afterwards in fp32, which saves products and costs additions (with SPLIT, FACTOR2 warps share that work
+// through shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the identity on
+// the others.
 //
 // Bits of a coordinate's index in its tile, low to high: c0 c3 r3 c1 c2 r0 r1 r2 (r: row, c: column), which gives each
 // lane 8 consecutive coordinates in the end, and `lane * 8` is where they start.
@@ -29,8 +30,8 @@
 // other, without registers. Two tokens do not lie in shared memory as they arrive, so their way is through registers.
 //
 // Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS, SPLIT
-// (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), HALF (fp16, else bf16), MIN_BLOCKS (a processor, for the
-// compiler's choice of registers), BEFORE, FIRST (a multiple of 8).
+// (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), BUTTERFLIES, HALF (fp16, else bf16), MIN_BLOCKS (a processor, for
+// the compiler's choice of registers), BEFORE, FIRST (a multiple of 8).
 
 #define TILES (FACTOR1 * FACTOR2)
 #define THREADS (WARPS * 32)
@@ -217,11 +218,12 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     reinterpret_cast<u16*>(staged + STAGES_BYTES - TOKENS * 16)[threadIdx.x] = 0;
   }
 
-  u32 left[4], right[2][2];
+  u32 left[4], right[2][2][2];  // right: [negated]
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     left[i] = entry_pair(g + 8 * (i & 1), 2 * q + 8 * (i >> 1), ROW_BITS, ONE);
-    right[i >> 1][i & 1] = entry_pair(g + 8 * (i >> 1), 2 * q + 8 * (i & 1), COLUMN_BITS, 0x3c00u);
+    right[0][i >> 1][i & 1] = entry_pair(g + 8 * (i >> 1), 2 * q + 8 * (i & 1), COLUMN_BITS, 0x3c00u);
+    right[1][i >> 1][i & 1] = right[0][i >> 1][i & 1] ^ 0x80008000u;
   }
 
   // Vector v of token t of those at hand; past the end, of the last one.
@@ -398,8 +400,25 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
         for (int f1 = 0; f1 < FACTOR1; ++f1)
 #pragma unroll
-          for (int n = 0; n < 2; ++n) mma_input_first(sum[f1][n], scaled[t], b[f1][t][n]);
+          for (int n = 0; n < 2; ++n) {
+#if BUTTERFLIES
+            mma_input_first(sum[f1][n], scaled[t], b[f1][t][n]);
+#else
+#pragma unroll
+            for (int o1 = 0; o1 < FACTOR1; ++o1) {
+              u32 a[4];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) a[i] = scaled[t][i] ^ (__popc(o1 & f1) & 1 ? 0x80008000u : 0u);
+              if (f1 == 0)
+                mma_input_first(sum[o1][n], a, b[0][t][n]);
+              else
+                mma_input(sum[o1][n], a, b[f1][t][n]);
+            }
+#endif
+          }
+#if BUTTERFLIES
         hadamard(sum);
+#endif
 #pragma unroll
         for (int o1 = 0; o1 < FACTOR1; ++o1)
 #pragma unroll
@@ -413,15 +432,29 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     // The right products of the tiles (o1, any) of a unit from the left products of all f2, their codes, and their way
     // out.
     auto finish = [&](int unit, int o1, int t, const u32 (&middle)[FACTOR2][4]) {
+#if BUTTERFLIES
       float sums[FACTOR2][2][4];
 #pragma unroll
       for (int f2 = 0; f2 < FACTOR2; ++f2)
 #pragma unroll
-        for (int n = 0; n < 2; ++n) mma_f16_first(sums[f2][n], middle[f2], right[n]);
+        for (int n = 0; n < 2; ++n) mma_f16_first(sums[f2][n], middle[f2], right[0][n]);
       hadamard(sums);
+#endif
 #pragma unroll
       for (int o2 = 0; o2 < FACTOR2; ++o2) {
+#if BUTTERFLIES
         const float(&sum)[2][4] = sums[o2];
+#else
+        float sum[2][4];
+#pragma unroll
+        for (int f2 = 0; f2 < FACTOR2; ++f2)
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+            if (f2 == 0)
+              mma_f16_first(sum[n], middle[0], right[0][n]);
+            else
+              mma_f16(sum[n], middle[f2], right[__popc(o2 & f2) & 1][n]);
+#endif
         u32 byte[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {  // bits of i: c0, c3, r3
