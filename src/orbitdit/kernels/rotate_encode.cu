@@ -6,10 +6,10 @@
 // matrix in the layout of a B operand and multiplies it with H_16 from the left; the product has the layout of an A
 // operand, is rounded to fp16 once, and is multiplied with H_16 from the right. That is H_256, since H_256 = H_16 (x)
 // H_16 for any assignment of index bits to rows and columns. Larger Hadamard matrices combine the products of FACTOR1
-// tiles on the left and FACTOR2 on the right with the signs of H_FACTOR1 and H_FACTOR2: in the product's own sum, or with
-// BUTTERFLIES afterwards in fp32, which saves products and costs additions (with SPLIT, FACTOR2 warps share that work
-// through shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the identity on
-// the others.
+// tiles on the left and FACTOR2 on the right with the signs of H_FACTOR1 and H_FACTOR2: in the product's own sum, or
+// with BUTTERFLIES afterwards in fp32, which saves products and costs additions (with SPLIT, FACTOR2 warps share that
+// work through shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the
+// identity on the others.
 //
 // Bits of a coordinate's index in its tile, low to high: c0 c3 r3 c1 c2 r0 r1 r2 (r: row, c: column), which gives each
 // lane 8 consecutive coordinates in the end, and `lane * 8` is where they start.

@@ -24,8 +24,8 @@ TILE = 256
 
 class Tile(NamedTuple):
     """How one width is worked on: tokens that a block of threads takes at a time, the factors of h / 256, warps a
-    block, blocks that a processor shall have room for, whether `factor2` warps share a unit of h coordinates, and whether the
-    factors are butterflies."""
+    block, blocks that a processor shall have room for, whether `factor2` warps share a unit of h coordinates, and
+    whether the factors are butterflies."""
 
     tokens: int
     factor1: int
