@@ -137,6 +137,9 @@ def test_few_values_flip(dim, bits, grid):
         (2048, Tile(2, 2, 4, 4, 1)),
         (4096, Tile(1, 4, 4, 4, 1, True)),
         (1024, Tile(4, 2, 2, 6, 1, True)),
+        (1024, Tile(2, 1, 4, 2, 1, butterflies=True)),
+        (2048, Tile(1, 4, 2, 3, 1, butterflies=True)),
+        (4096, Tile(2, 4, 4, 8, 1, True, butterflies=True)),
     ],
 )
 def test_every_tile_gives_the_same_bits(dim, tile):

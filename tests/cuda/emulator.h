@@ -425,6 +425,33 @@ inline u32 xor_and(u32 a, u32 b, u32 c) { return a ^ (b & c); }
 inline uint4 load_streaming(const void* p) { return load_aligned<uint4>(p); }
 inline uint2 load_streaming8(const void* p) { return load_aligned<uint2>(p); }
 
+// Copies that are under way arrive when they are waited for, as late as they may.
+namespace emulator {
+struct Copy {
+  void* to;
+  const void* from;
+};
+static Copy copies[MAX_THREADS][256];
+static int copying[MAX_THREADS];
+}  // namespace emulator
+
+inline void copy_async(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
+    emulator::fail("a copy of 16 bytes from %p to %p", from, to);
+  int& count = emulator::copying[emulator::current];
+  if (count == 256) emulator::fail("too many copies at a time for the emulator");
+  emulator::copies[emulator::current][count++] = {to, from};
+}
+
+inline void wait_for_copies() {
+  int& count = emulator::copying[emulator::current];
+  for (int i = 0; i < count; i++) {
+    const auto& copy = emulator::copies[emulator::current][i];
+    memcpy(copy.to, copy.from, 16);
+  }
+  count = 0;
+}
+
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 
 // Rounded twice where the exact result does not fit a float; kernels use them where it does.

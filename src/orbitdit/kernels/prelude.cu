@@ -129,6 +129,14 @@ __device__ inline uint4 load_streaming(const void* p) {
   return r;
 }
 
+// Starts a copy of 16 bytes from global to shared memory, past the L1 cache; `wait_for_copies` waits for this thread's.
+__device__ inline void copy_async(void* to, const void* from) {
+  const u32 shared = static_cast<u32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // 8 bytes, as above.
 __device__ inline uint2 load_streaming8(const void* p) {
   uint2 r;

@@ -5,10 +5,11 @@
 // read of the gather serves all of them. The rest stays in registers: a warp gathers 256 coordinates as a 16 x 16
 // matrix in the layout of a B operand and multiplies it with H_16 from the left; the product has the layout of an A
 // operand, is rounded to fp16 once, and is multiplied with H_16 from the right. That is H_256, since H_256 = H_16 (x)
-// H_16 for any assignment of index bits to rows and columns. Larger Hadamard matrices add FACTOR1 (left) and FACTOR2
-// (right) such tiles with the signs of H_FACTOR1 and H_FACTOR2 (with SPLIT, FACTOR2 warps share that work through
-// shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the identity on the
-// others.
+// H_16 for any assignment of index bits to rows and columns. Larger Hadamard matrices combine the products of FACTOR1
+// tiles on the left and FACTOR2 on the right with the signs of H_FACTOR1 and H_FACTOR2: in the product's own sum, or
+// with BUTTERFLIES afterwards in fp32, which saves products and costs additions (with SPLIT, FACTOR2 warps share that
+// work through shared memory); smaller ones are H on some bits of row and column (ROW_BITS, COLUMN_BITS) and the
+// identity on the others.
 //
 // Bits of a coordinate's index in its tile, low to high: c0 c3 r3 c1 c2 r0 r1 r2 (r: row, c: column), which gives each
 // lane 8 consecutive coordinates in the end, and `lane * 8` is where they start.
@@ -21,19 +22,25 @@
 // table, without bank conflicts. For more bits, BINS bins in shared memory hold the grid byte of their middle; their
 // width was chosen so that boundaries lie close to edges of bins.
 //
-// What a token is (BEFORE): 0, a row of x. 1, FIRST channels of `first`, then gelu(x) (tanh approximation), as the MLP of
-// a transformer block has it. 2, LayerNorm(x) * (1 + scale) + shift without other parameters, as AdaLN has it; scale and
-// shift are rows of a batch of `batch_tokens` tokens each. Both in fp32, rounded to 16 bits once.
+// What a token is (BEFORE): 0, a row of x. 1, FIRST channels of `first_channels`, then gelu(x) (tanh approximation), as
+// the MLP of a transformer block has it. 2, LayerNorm(x) * (1 + scale) + shift without other parameters, as AdaLN has
+// it; each row of scale and shift is for `batch_tokens` tokens. Both in fp32, rounded to 16 bits once.
+//
+// A block that takes one token at a time has two places for it: while one is worked on, the next is on its way to the
+// other, without registers. Two tokens do not lie in shared memory as they arrive, so their way is through registers.
 //
 // Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS, SPLIT
-// (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), HALF (fp16, else bf16), MIN_BLOCKS (a processor, for the
-// compiler's choice of registers), BEFORE, FIRST (a multiple of 8).
+// (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), BUTTERFLIES, HALF (fp16, else bf16), MIN_BLOCKS (a processor, for
+// the compiler's choice of registers), BEFORE, FIRST (a multiple of 8).
 
 #define TILES (FACTOR1 * FACTOR2)
 #define THREADS (WARPS * 32)
 #define VECTORS (DIM / 8)
 #define UNITS ((DIM + 256 * TILES - 1) / (256 * TILES))
 #define STEPS ((VECTORS + THREADS - 1) / THREADS)  // vectors of a token a thread
+#define ASYNC (TOKENS == 1)
+#define STAGE_BYTES (TOKENS * (DIM + 8) * 2)
+#define STAGES_BYTES ((ASYNC ? 2 : 1) * STAGE_BYTES)
 #if BEFORE == 2
 #define LOADS STEPS
 #else
@@ -65,6 +72,23 @@ __device__ inline u32 entry(int row, int column, int mask, u32 one) {
 
 __device__ inline u32 entry_pair(int row, int column, int mask, u32 one) {
   return entry(row, column, mask, one) | entry(row, column + 1, mask, one) << 16;
+}
+
+// The Hadamard matrix of order N over N tiles' products, which lie alike in all lanes: butterflies.
+template <int N>
+__device__ inline void hadamard(float (&sum)[N][2][4]) {
+#pragma unroll
+  for (int step = 1; step < N; step *= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (!(i & step))
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float &one = sum[i][j >> 2][j & 3], &two = sum[i | step][j >> 2][j & 3];
+          const float difference = one - two;
+          one += two;
+          two = difference;
+        }
 }
 
 __device__ inline float sum_of_warp(float v) {
@@ -160,14 +184,15 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 #if BEFORE == 1
 #define SOURCE , const u16* __restrict__ first_channels, int first_pitch, int pitch
 #elif BEFORE == 2
-#define SOURCE , const u16* __restrict__ scale, const u16* __restrict__ shift, int pitch, int batch_tokens, float epsilon
+#define SOURCE \
+  , const u16* __restrict__ scale, const u16* __restrict__ shift, int pitch, int batch_tokens, float epsilon
 #else
 #define SOURCE
 #endif
 
-// x (tokens, DIM - FIRST) with `pitch` numbers from row to row (without BEFORE: DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table: 32
-// words or BINS bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2
-// bytes and, with SPLIT, 512 for each token and tile that a block has in hand.
+// x (tokens, DIM - FIRST), `pitch` numbers from row to row with BEFORE == 1; gather (tiles, 32 lanes, 8) u16: place in
+// shared memory, and in the highest bit the sign; table: 32 words or BINS bytes; out (tokens, DIM) grid bytes, scales
+// (tokens,). Dynamic shared memory: STAGES_BYTES and, with SPLIT, 512 for each token and tile that a block has in hand.
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
                   u8* __restrict__ out, float* __restrict__ scales, int tokens, float to_unit, float slope,
@@ -183,12 +208,15 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if BEFORE == 2
   __shared__ float moments[2][TOKENS][WARPS];
 #endif
-  u8* const staged = dynamic_shared();
+  u8* staged = dynamic_shared();
   // the shuffle tells the compiler that all lanes agree on it
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), g = lane >> 2, q = lane & 3;
 
   // what coordinates past the end read
-  if (threadIdx.x < TOKENS * 8) reinterpret_cast<u16*>(staged)[TOKENS * DIM + threadIdx.x] = 0;
+  if (threadIdx.x < TOKENS * 8) {
+    reinterpret_cast<u16*>(staged)[TOKENS * DIM + threadIdx.x] = 0;
+    reinterpret_cast<u16*>(staged + STAGES_BYTES - TOKENS * 16)[threadIdx.x] = 0;
+  }
 
   u32 left[4], right[2][2][2];  // right: [negated]
 #pragma unroll
@@ -198,18 +226,34 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     right[1][i >> 1][i & 1] = right[0][i >> 1][i & 1] ^ 0x80008000u;
   }
 
-  // Vector v of token t of those at hand; of none past the end.
-  auto load = [&](int first, int v, int t) {
+  // Vector v of token t of those at hand; past the end, of the last one.
+  auto source = [&](int first, int v, int t) {
     const i64 token = min(first + t, tokens - 1);
 #if BEFORE == 1
-    if (v * 8 < FIRST) return load_streaming(first_channels + token * first_pitch + v * 8);
-    return load_streaming(x + token * pitch + (v * 8 - FIRST));
+    if (v * 8 < FIRST) return first_channels + token * first_pitch + v * 8;
+    return x + token * pitch + (v * 8 - FIRST);
 #else
-    return load_streaming(x + token * DIM + v * 8);
+    return x + token * DIM + v * 8;
 #endif
   };
 
+#if ASYNC
+  auto fetch = [&](int first, u8* to) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      const int v = step * THREADS + threadIdx.x;
+      if ((step + 1) * THREADS <= VECTORS || v < VECTORS) copy_async(to + v * 16, source(first, v, 0));
+    }
+  };
+  if (blockIdx.x < tokens) fetch(blockIdx.x, staged);
+  u8* other = staged + STAGE_BYTES;
+#endif
+
   for (int first = blockIdx.x * TOKENS; first < tokens; first += gridDim.x * TOKENS) {
+#if ASYNC
+    wait_for_copies();  // of this thread: the others are waited for at the next barrier
+    if (first + gridDim.x < tokens) fetch(first + gridDim.x, other);
+#endif
     float squares[TOKENS][2][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += LOADS) {
@@ -220,7 +264,13 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
         for (int t = 0; t < TOKENS; ++t) {
           const int v = (step + l) * THREADS + threadIdx.x;
           if ((step + l + 1) * THREADS > VECTORS) loaded[l][t] = make_uint4(0, 0, 0, 0);
-          if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS) loaded[l][t] = load(first, v, t);
+          if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS) {
+#if ASYNC
+            loaded[l][t] = reinterpret_cast<const uint4*>(staged)[v];
+#else
+            loaded[l][t] = load_streaming(source(first, v, t));
+#endif
+          }
         }
 #if BEFORE == 2
       float mean[TOKENS], deviation[TOKENS];  // of 1 / the standard deviation
@@ -274,7 +324,9 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
           add_squares(squares[t], r);
         }
+#if !ASYNC || BEFORE
         if (inside) lay_out(staged, v, loaded[l]);
+#endif
       }
     }
 #pragma unroll
@@ -343,56 +395,82 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
         }
       }
 #pragma unroll
-      for (int o1 = 0; o1 < FACTOR1; ++o1)
+      for (int t = 0; t < TOKENS; ++t) {
+        float sum[FACTOR1][2][4];
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-          float sum[2][4];
+        for (int f1 = 0; f1 < FACTOR1; ++f1)
 #pragma unroll
-          for (int f1 = 0; f1 < FACTOR1; ++f1) {
-            u32 a[4];
+          for (int n = 0; n < 2; ++n) {
+#if BUTTERFLIES
+            mma_input_first(sum[f1][n], scaled[t], b[f1][t][n]);
+#else
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[i] = scaled[t][i] ^ (__popc(o1 & f1) & 1 ? 0x80008000u : 0u);
+            for (int o1 = 0; o1 < FACTOR1; ++o1) {
+              u32 a[4];
 #pragma unroll
-            for (int n = 0; n < 2; ++n)
+              for (int i = 0; i < 4; ++i) a[i] = scaled[t][i] ^ (__popc(o1 & f1) & 1 ? 0x80008000u : 0u);
               if (f1 == 0)
-                mma_input_first(sum[n], a, b[0][t][n]);
+                mma_input_first(sum[o1][n], a, b[0][t][n]);
               else
-                mma_input(sum[n], a, b[f1][t][n]);
+                mma_input(sum[o1][n], a, b[f1][t][n]);
+            }
+#endif
           }
+#if BUTTERFLIES
+        hadamard(sum);
+#endif
+#pragma unroll
+        for (int o1 = 0; o1 < FACTOR1; ++o1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float* const c = &sum[i >> 1][2 * (i & 1)];
+            const float* const c = &sum[o1][i >> 1][2 * (i & 1)];
             middle[o1][t][i] = HALF ? pack_f16(c[0] * factor[t], c[1] * factor[t]) : pack_f16(c[0], c[1]);
           }
-        }
+      }
     };
 
-    // The right product of tile (o1, o2) of a unit from the left products of all f2, its codes, and their way out.
-    auto finish = [&](int unit, int o1, int o2, int t, const u32 (&middle)[FACTOR2][4]) {
-      float sum[2][4];
+    // The right products of the tiles (o1, any) of a unit from the left products of all f2, their codes, and their way
+    // out.
+    auto finish = [&](int unit, int o1, int t, const u32 (&middle)[FACTOR2][4]) {
+#if BUTTERFLIES
+      float sums[FACTOR2][2][4];
 #pragma unroll
       for (int f2 = 0; f2 < FACTOR2; ++f2)
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-          if (f2 == 0)
-            mma_f16_first(sum[n], middle[0], right[0][n]);
-          else
-            mma_f16(sum[n], middle[f2], right[__popc(o2 & f2) & 1][n]);
-      u32 byte[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {  // bits of i: c0, c3, r3
-        const float z = fma_sat(sum[i >> 1 & 1][(i & 1) + 2 * (i >> 2)], rise[t], 0.49999994f);  // 0: the lower code
-#if BINS > 32
-        byte[i] = look_up(bins, __fmaf_rn(z, __uint_as_float(BINS - 1), base));
-#else
-        const u32 place = __float_as_uint(__fmaf_rn(z, 2097151.f, 8388608.f));  // 5 bits bin, 16 bits place in it
-        byte[i] = shift_if_greater(__shfl_sync(0xffffffffu, bin, place >> 16), place << 16);
+        for (int n = 0; n < 2; ++n) mma_f16_first(sums[f2][n], middle[f2], right[0][n]);
+      hadamard(sums);
 #endif
+#pragma unroll
+      for (int o2 = 0; o2 < FACTOR2; ++o2) {
+#if BUTTERFLIES
+        const float(&sum)[2][4] = sums[o2];
+#else
+        float sum[2][4];
+#pragma unroll
+        for (int f2 = 0; f2 < FACTOR2; ++f2)
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+            if (f2 == 0)
+              mma_f16_first(sum[n], middle[0], right[0][n]);
+            else
+              mma_f16(sum[n], middle[f2], right[__popc(o2 & f2) & 1][n]);
+#endif
+        u32 byte[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {  // bits of i: c0, c3, r3
+          const float z = fma_sat(sum[i >> 1 & 1][(i & 1) + 2 * (i >> 2)], rise[t], 0.49999994f);  // 0: the lower code
+#if BINS > 32
+          byte[i] = look_up(bins, __fmaf_rn(z, __uint_as_float(BINS - 1), base));
+#else
+          const u32 place = __float_as_uint(__fmaf_rn(z, 2097151.f, 8388608.f));  // 5 bits bin, 16 bits place in it
+          byte[i] = shift_if_greater(__shfl_sync(0xffffffffu, bin, place >> 16), place << 16);
+#endif
+        }
+        const int index = (unit * TILES + o2 * FACTOR1 + o1) * 256 + lane * 8;
+        if (first + t < tokens && (DIM % 256 == 0 || index < DIM))
+          *reinterpret_cast<uint2*>(out + static_cast<i64>(first + t) * DIM + index) =
+              make_uint2(join(byte[0], byte[1], byte[2], byte[3]), join(byte[4], byte[5], byte[6], byte[7]));
       }
-      const int index = (unit * TILES + o2 * FACTOR1 + o1) * 256 + lane * 8;
-      if (first + t < tokens && (DIM % 256 == 0 || index < DIM))
-        *reinterpret_cast<uint2*>(out + static_cast<i64>(first + t) * DIM + index) =
-            make_uint2(join(byte[0], byte[1], byte[2], byte[3]), join(byte[4], byte[5], byte[6], byte[7]));
     };
 
 #pragma unroll 1
@@ -402,7 +480,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
       const int unit = round * (WARPS / FACTOR2) + warp / FACTOR2, part = warp % FACTOR2;
       const bool active = UNITS % (WARPS / FACTOR2) == 0 || unit < UNITS;
       uint4* const exchange =
-          reinterpret_cast<uint4*>(staged + TOKENS * (DIM + 8) * 2) + warp / FACTOR2 * (TILES * TOKENS * 32) + lane;
+          reinterpret_cast<uint4*>(dynamic_shared() + STAGES_BYTES) + warp / FACTOR2 * (TILES * TOKENS * 32) + lane;
       if (active) {
         u32 middle[FACTOR1][TOKENS][4];
         left_product(unit, part, middle);
@@ -427,8 +505,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
               const uint4 m = exchange[((f2 * FACTOR1 + o1) * TOKENS + t) * 32];
               middle[f2][0] = m.x, middle[f2][1] = m.y, middle[f2][2] = m.z, middle[f2][3] = m.w;
             }
-#pragma unroll
-            for (int o2 = 0; o2 < FACTOR2; ++o2) finish(unit, o1, o2, t, middle);
+            finish(unit, o1, t, middle);
           }
       }
       if (ROUNDS > 1) __syncthreads();
@@ -447,11 +524,14 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
           for (int f2 = 0; f2 < FACTOR2; ++f2)
 #pragma unroll
             for (int i = 0; i < 4; ++i) middle[f2][i] = left_products[f2][o1][t][i];
-#pragma unroll
-          for (int o2 = 0; o2 < FACTOR2; ++o2) finish(unit, o1, o2, t, middle);
+          finish(unit, o1, t, middle);
         }
 #endif
     }
     __syncthreads();
+#if ASYNC
+    u8* const done = staged;
+    staged = other, other = done;
+#endif
   }
 }

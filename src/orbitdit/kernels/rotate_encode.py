@@ -24,7 +24,8 @@ TILE = 256
 
 class Tile(NamedTuple):
     """How one width is worked on: tokens that a block of threads takes at a time, the factors of h / 256, warps a
-    block, blocks that a processor shall have room for, and whether `factor2` warps share a unit of h coordinates."""
+    block, blocks that a processor shall have room for, whether `factor2` warps share a unit of h coordinates, and
+    whether the factors are butterflies."""
 
     tokens: int
     factor1: int
@@ -32,24 +33,25 @@ class Tile(NamedTuple):
     warps: int
     min_blocks: int
     split: bool = False
+    butterflies: bool = False
 
 
 TILES = {
     1: Tile(2, 1, 1, 4, 8),
     2: Tile(2, 1, 2, 5, 4),
-    4: Tile(2, 1, 4, 3, 4),
+    4: Tile(2, 1, 4, 3, 4, butterflies=True),
     8: Tile(1, 4, 2, 5, 4),
-    16: Tile(2, 4, 4, 8, 2, True),
+    16: Tile(2, 4, 4, 4, 3, True, True),
 }
 """By h / 256 (1 for smaller blocks). More tokens share a gather; the registers of factor * tokens tiles set the end."""
 BEST_TILES = {
-    1536: Tile(2, 1, 2, 3, 8),
+    1536: Tile(1, 1, 2, 3, 12),
     1920: Tile(2, 1, 1, 2, 12),
     3072: Tile(1, 1, 4, 3, 7),
     8960: Tile(2, 1, 1, 7, 5),
     13824: Tile(2, 1, 2, 8, 2),
     15360: Tile(2, 1, 4, 8, 3),
-    20480: Tile(1, 4, 4, 8, 2, True),
+    20480: Tile(1, 4, 4, 4, 2, True, True),
 }
 """By width, where measurement on an H200 found something better, or shared memory is too small for the other."""
 MAX_DIM = 24064
@@ -175,6 +177,7 @@ def compile_options(dim: int, bits: int, half: bool, tile: Tile, before: str = "
         "WARPS": tile.warps,
         "MIN_BLOCKS": tile.min_blocks,
         "SPLIT": int(tile.split),
+        "BUTTERFLIES": int(tile.butterflies),
         "HALF": int(half),
         "BEFORE": list(SIGNATURES).index(before),
         "FIRST": first,
@@ -182,9 +185,9 @@ def compile_options(dim: int, bits: int, half: bool, tile: Tile, before: str = "
 
 
 def shared_bytes(dim: int, tile: Tile) -> int:
-    """Dynamic shared memory: the staged tokens and 8 channels of zeros, and what warps exchange."""
+    """Dynamic shared memory: the staged tokens (the next one, too) and 8 channels of zeros, and what warps exchange."""
     exchanged = tile.warps // tile.factor2 * tile.factor1 * tile.factor2 * tile.tokens * 512 if tile.split else 0
-    return 2 * tile.tokens * (dim + 8) + exchanged
+    return 2 * max(2, tile.tokens) * (dim + 8) + exchanged
 
 
 def scaling(dim: int, slope: float, tile: Tile) -> tuple[float, float]:
