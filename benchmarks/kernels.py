@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.measure import DISTORTION, INPUTS, Candidate, Case, error_bound, relative_error
 from orbitdit import trellis
 from orbitdit.codebook import GRID_DTYPES, codebook_on, look_up
+from orbitdit.config import TRELLIS_STATES
 from orbitdit.kernels import E4M3, GRIDS
 from orbitdit.kernels import decode as decode_cuda
 from orbitdit.kernels.reference import apply_before
@@ -238,7 +239,7 @@ def cases(device: str) -> list[Case]:
     decodes += [Decode(*shape, bits, device, states) for shape in TRELLIS_DECODE for bits, states in TRELLISES]
     both = [Before(*sizes, device) for sizes in BEFORE] if device == "cuda" else []
     searches = [
-        Viterbi(*shape, bits, states, device) for shape in VITERBI for bits in VITERBI_BITS for states in trellis.STATES
+        Viterbi(*shape, bits, states, device) for shape in VITERBI for bits in VITERBI_BITS for states in TRELLIS_STATES
     ]
     compared = [Case(made.name, PROVIDERS, made.open) for made in (*encodes, *decodes)]
     compared += [Case(made.name, ("copy", APART, TOGETHER), made.open) for made in both]

@@ -17,8 +17,8 @@ from orbitdit.report import GAP, LABEL, RIGHT, TILE, WRONG, picture_grid
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import CATEGORIES, benchmark
 
-MOST_KEPT = {"*transformer_blocks.[1-9]*.*": "keep"}
-"""A rule that leaves the first blocks to be quantized: the search for trellis codes takes its time on a CPU."""
+MOST_KEPT = dict.fromkeys(["*transformer_blocks.[1-9]*.*", "*.ff*", "*.proj_*", "*.add_*"], "keep")
+"""Rules that leave some of the first blocks to be quantized: the search for trellis codes takes its time on a CPU."""
 
 
 def run(monkeypatch, *arguments):
