@@ -142,7 +142,7 @@ def compare(
     bits: Annotated[list[str] | None, typer.Option(help="A setting to compare. Repeatable; w4a4 and w2a4.")] = None,
     prompt: Prompts = None,
     per_category: Annotated[
-        int, typer.Option(min=1, help="Without --prompt: prompts of each of the six categories (embedded model).")
+        int, typer.Option(min=1, help="Without --prompt: prompts of each of the six categories (models of a world).")
     ] = 4,
     seed: NoiseSeed = 0,
     rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
@@ -157,13 +157,16 @@ def compare(
 ) -> None:
     """Generate the same prompts from the same noise at full precision and at each setting; grid, table, JSON."""
     from orbitdit import evaluate
+    from orbitdit.integrations.folders import world_of
     from orbitdit.report import picture_grid, results_dict, results_table, write_json
 
     configs, where = [_config(b, rotation_seed, rule) for b in bits or ["w4a4", "w2a4"]], _device(device)
-    prompts = prompt or ([p.text for p in benchmark(per_category)] if model is None else [])
+    folder = _find(model)
+    world = world_of(folder)
+    prompts = prompt or ([p.text for p in benchmark(per_category, world=world)] if world else [])
     options = _options(steps, guidance, height, width, frames)
     with new_folder(out) as scratch:
-        results = evaluate.compare(_find(model), configs, prompts, seed, where, **options)
+        results = evaluate.compare(folder, configs, prompts, seed, where, **options)
         picture_grid(results, prompts).save(scratch / "grid.png", optimize=True)
         settings = {"model": model or "embedded", "device": where, "seed": seed, "rotation_seed": rotation_seed}
         settings |= {"rules": rule or [], **options}
