@@ -17,7 +17,7 @@ from orbitdit.shapes.worlds import GLYPHS, SHAPES
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training import train_shapes  # noqa: E402
+from training import train as script  # noqa: E402
 
 WIDTH = {"joint_attention_dim": 24, "pooled_projection_dim": 24, "attention_head_dim": 24, "num_attention_heads": 1}
 TINY = {
@@ -29,16 +29,16 @@ TINY = {
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     for name, changes in TINY.items():
-        recipe = train_shapes.RECIPES[name]
+        recipe = script.RECIPES[name]
         small = recipe._replace(config=recipe.config | changes, width=24, batch=4)
-        monkeypatch.setitem(train_shapes.RECIPES, name, small)
+        monkeypatch.setitem(script.RECIPES, name, small)
 
 
 def train(monkeypatch, out, *arguments, model="glyphs"):
     """Train with these arguments; the log, line by line."""
     quick = ["--per-category", 1, "--samplers", 1]
     monkeypatch.setattr(sys, "argv", ["train", model, "--out", str(out), *map(str, [*quick, *arguments])])
-    train_shapes.main()
+    script.main()
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -60,7 +60,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(monkeypatch, tmp_path):
     train(monkeypatch, tmp_path / "whole", "--steps", 3)
     for stop in (0, float("inf")):
         with monkeypatch.context() as patch:
-            patch.setattr(train_shapes.Run, "seconds", property(lambda run: float(run.step)))
+            patch.setattr(script.Run, "seconds", property(lambda run: float(run.step)))
             log = train(monkeypatch, tmp_path / "parts", "--steps", 3, "--stop-after", min(stop + 1, 9))
     assert [row["first_step"] for row in log if "first_step" in row] == [0, 1]
     whole, parts = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
@@ -71,10 +71,10 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(monkeypatch, tmp_path):
 
 
 def test_the_loss_falls(monkeypatch, tmp_path):
-    monkeypatch.setattr(train_shapes, "WARMUP", 5)
-    args = train_shapes.argparse.Namespace(model="glyphs", out=tmp_path, steps=60, seed=1, fit=None)
-    run = train_shapes.Run(args, "cpu")
-    batches = train_shapes.Batches(GLYPHS, 8, 1, "cpu")
+    monkeypatch.setattr(script, "WARMUP", 5)
+    args = script.argparse.Namespace(model="glyphs", out=tmp_path, steps=60, seed=1, fit=None)
+    run = script.Run(args, "cpu")
+    batches = script.Batches(GLYPHS, 8, 1, "cpu")
     losses = [run.advance(batches.draw(step)).item() for step in range(30)]
     assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
     assert not any(parameter.requires_grad for parameter in run.ema.parameters())
@@ -82,9 +82,9 @@ def test_the_loss_falls(monkeypatch, tmp_path):
 
 def test_fit_chooses_the_steps_once(monkeypatch, tmp_path):
     """With a clock of a second a step, 2 steps measured from 2 to 4, and 9 seconds: 9 steps; resuming keeps them."""
-    monkeypatch.setattr(train_shapes, "FIT_FROM", 2)
-    monkeypatch.setattr(train_shapes, "FIT_TO", 4)
-    monkeypatch.setattr(train_shapes.Run, "seconds", property(lambda run: float(run.step)))
+    monkeypatch.setattr(script, "FIT_FROM", 2)
+    monkeypatch.setattr(script, "FIT_TO", 4)
+    monkeypatch.setattr(script.Run, "seconds", property(lambda run: float(run.step)))
     for stop in (6, 99):
         log = train(monkeypatch, tmp_path, "--fit", 9, "--stop-after", stop)
     assert [(row["step"], row["steps"]) for row in log if "seconds_per_step" in row] == [(4, 9)]
@@ -95,3 +95,12 @@ def test_a_fit_needs_steps_to_measure(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(monkeypatch, tmp_path, "--fit", 9, "--steps", 100)
     assert re.search(r"--fit measures steps 40 to 140", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "training" / "models").glob("*/")), ids=lambda folder: folder.name)
+def test_a_trained_model_draws_its_own_world(folder):
+    recipe = script.RECIPES[folder.name]
+    pipeline = load_pipeline(folder, torch.float32)
+    assert (pipeline.world, type(pipeline.transformer)) == (recipe.world, recipe.cls)
+    prompts = [p.text for p in benchmark(1, world=recipe.world)]
+    assert sum(compare(folder, [], prompts, num_inference_steps=12)[0].right) >= 4

@@ -1,4 +1,4 @@
-"""Train a model of RECIPES: `python training/train_shapes.py shapes --out runs/shapes`.
+"""Train a model of RECIPES: `python training/train.py shapes --out runs/shapes`.
 
 "shapes" is the embedded model; "glyphs" is a second one, of another architecture and world, for evaluation only.
 

@@ -161,11 +161,11 @@ def compare(
     from orbitdit.report import picture_grid, results_dict, results_table, write_json
 
     configs, where = [_config(b, rotation_seed, rule) for b in bits or ["w4a4", "w2a4"]], _device(device)
-    folder = _find(model)
-    world = world_of(folder)
-    prompts = prompt or ([p.text for p in benchmark(per_category, world=world)] if world else [])
     options = _options(steps, guidance, height, width, frames)
     with new_folder(out) as scratch:
+        folder = _find(model)
+        world = world_of(folder)
+        prompts = prompt or ([p.text for p in benchmark(per_category, world=world)] if world else [])
         results = evaluate.compare(folder, configs, prompts, seed, where, **options)
         picture_grid(results, prompts).save(scratch / "grid.png", optimize=True)
         settings = {"model": model or "embedded", "device": where, "seed": seed, "rotation_seed": rotation_seed}
