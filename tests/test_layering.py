@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "shapes.pipeline": "errors shapes.prompts shapes.scenes shapes.worlds",
     "evaluate": "config errors integrations.folders metrics model policy shapes.detector shapes.prompts",
     "report": "errors evaluate policy",
-    "cli": "checkpoint config errors evaluate integrations.folders model report shapes shapes.prompts",
+    "page": "errors evaluate metrics policy report",
+    "cli": "checkpoint config errors evaluate integrations.folders model page report shapes shapes.prompts",
     "": "codebook config errors integrations linear model policy rotation",
 }
 """Module -> what it may import of the package; names are without "orbitdit.", which itself is the empty name."""
@@ -57,7 +58,7 @@ MAY_IMPORT_OUTSIDE = {
     "diffusers": {"integrations.diffusers", "integrations.folders", "shapes.pipeline", "cli"},
     "accelerate": {"integrations.folders"},
     "huggingface_hub": {"checkpoint"},
-    "PIL": {"report", "cli"},
+    "PIL": {"report", "page", "cli"},
     "typer": {"cli"},
 }
 NO_TORCH = {
