@@ -83,6 +83,7 @@ def comparison_page(
         "table": f'<div class="results">{_table(results_table(results, prompts))}</div>',
         "shown": ("" if len(shown) == len(prompts) else f"The first {len(shown)} of {len(prompts)} prompts. ")
         + "Choose one to see it above.",
+        "settings": str(len(results)),
         "cards": "".join(_card(i, text, results) for i, text in enumerate(shown)),
         "figures": _figures(figures),
         "plans": "".join(_plan(plan) for plan in plans),
@@ -117,7 +118,7 @@ def _card(index: int, prompt: str, results: Sequence[Result]) -> str:
     for result in results:
         picture, reference = (r.pictures[index : index + 1] for r in (result, results[0]))
         mark = MARKS[result.right[index]]
-        distance = "" if result is results[0] else f" {psnr(picture, reference):.1f}&nbsp;dB"
+        distance = "" if result is results[0] else f" <small>{psnr(picture, reference):.1f}&nbsp;dB</small>"
         pixels = ' class="pixels"' * (picture.shape[2] < PIXEL_ART)
         height, width = picture.shape[1:3]
         pictures.append(
