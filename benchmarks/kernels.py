@@ -8,7 +8,9 @@ from torch import Tensor
 
 from benchmarks.measure import INPUTS, Candidate, Case, error_bound, relative_error
 from orbitdit.codebook import GRID_DTYPES, codebook_on, look_up
-from orbitdit.kernels import GRIDS
+from orbitdit.kernels import E4M3, GRIDS
+from orbitdit.kernels.reference import apply_before
+from orbitdit.kernels.rotate_encode import rotate_encode
 from orbitdit.packing import unpack
 from orbitdit.quantize import quantize_weight
 from orbitdit.rotation import rotation
@@ -91,6 +93,54 @@ class Encode:
         return Candidate(run, error, error_bound("bf16", str(ENCODE_BITS), 1.2), {"bytes": self.bytes})
 
 
+BEFORE = (("gelu", 4608, 15360, 3072), ("gelu", 4608, 12288, 0), ("layer_norm", 4608, 3072, 0))
+"""What precedes the encoding in FLUX's blocks: tokens, width, and the channels before the activation."""
+APART, TOGETHER = "apart", "in the encoding"
+
+
+@dataclass(frozen=True)
+class Before:
+    """An encoding with what precedes it: in the kernel itself, or compiled and then encoded."""
+
+    before: str
+    tokens: int
+    width: int
+    first: int
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.before.replace('_', ' ')} and encode {self.tokens}x{self.width}"
+
+    def open(self) -> Mapping[str, Callable[[], Candidate]]:
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
+
+        inputs = [noise(self.tokens, self.width - self.first) for _ in range(INPUTS)]
+        gelu = [noise(self.tokens, self.first)] if self.first else []
+        extras = gelu if self.before == "gelu" else [noise(1, self.width) / 8, noise(1, self.width)]
+        made = torch.compile(apply_before, fullgraph=True, dynamic=False)
+
+        def apart(i: int) -> tuple[Tensor, Tensor]:
+            return torch.ops.orbitdit.rotate_encode(made(inputs[i], self.before, extras), ENCODE_BITS, 0, E4M3)
+
+        def together(i: int) -> tuple[Tensor, Tensor]:
+            return rotate_encode(inputs[i], ENCODE_BITS, 0, "e4m3", before=self.before, extras=extras)
+
+        def candidate(run: Callable[[int], tuple[Tensor, Tensor]]) -> Candidate:
+            def error() -> float:
+                values, scales = run(0)
+                tokens = apply_before(inputs[0], self.before, extras)[:SAMPLE]
+                reference = rotation(self.width, 0).apply(tokens.float())
+                return relative_error(values_of(values[:SAMPLE], scales[:SAMPLE], "e4m3"), reference)
+
+            bound = error_bound("bf16", str(ENCODE_BITS), 1.2)
+            return Candidate(run, error, bound, {"bytes": 3 * self.tokens * self.width})
+
+        copy = copy_of(3 * self.tokens * self.width, self.device)
+        return {"copy": copy, APART: lambda: candidate(apart), TOGETHER: lambda: candidate(together)}
+
+
 @dataclass(frozen=True)
 class Decode:
     """`decode` of packed codes: reads `bits` a coordinate and writes one byte."""
@@ -129,4 +179,6 @@ class Decode:
 def cases(device: str) -> list[Case]:
     encodes = [Encode(tokens, width, device) for tokens, width in ENCODE]
     decodes = [Decode(rows, width, bits, device) for rows, width in DECODE for bits in DECODE_BITS]
-    return [Case(made.name, PROVIDERS, made.open) for made in (*encodes, *decodes)]
+    both = [Before(*sizes, device) for sizes in BEFORE] if device == "cuda" else []
+    compared = [Case(made.name, PROVIDERS, made.open) for made in (*encodes, *decodes)]
+    return [*compared, *(Case(made.name, ("copy", APART, TOGETHER), made.open) for made in both)]

@@ -150,7 +150,7 @@ def test_kernels_are_measured_against_a_copy_of_the_same_bytes(run, made):
 
 def test_suites_have_the_cases_that_were_asked_for():
     names = [case.name for case in (*kernels.cases("cuda"), *layers.cases("cuda"))]
-    assert len(names) == len(set(names)) == 11 + 5 * 4 + 11 + 8
+    assert len(names) == len(set(names)) == 11 + 5 * 4 + 3 + 11 + 8
     assert next(case.name for case in layers.cases("cpu")) == "layer 1024, 3072 to 3072"
     assert "layer 4608, 3072 to 3x3072" in names
     assert families.MODELS[0].name == "FLUX.1-dev"

@@ -6,8 +6,11 @@ from torch import nn
 
 from encoding_checks import FLIPS, NORMS, flips, random, relative, same, tokens, tokens_of_one_input
 from orbitdit import kernels
+from orbitdit.codebook import on_grid
+from orbitdit.kernels import decode as decode_cuda
 from orbitdit.kernels import matmul as matmul_cuda
 from orbitdit.kernels import ops, reference
+from orbitdit.kernels import rotate_encode as rotate_encode_cuda
 from orbitdit.packing import PACKED_BITS, pack, packed_width
 from orbitdit.quantize import QuantizedWeight, dequantize_int4, quantize_int4
 
@@ -119,6 +122,46 @@ def test_no_tokens_and_views(grid):
     for offset in (8, 3):  # bytes 16 and 6 of a storage
         x = flat[offset : offset + 5 * 64].view(5, 64)
         assert all_same(encode(x, 4, grid), encode(x.clone(), 4, grid))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(
+    ("before", "dim", "first"),
+    [
+        *(("gelu", dim, 0) for dim in (64, 1536, 7680, 8960, 12288, 13824)),
+        ("gelu", 15360, 3072),
+        *(("layer_norm", dim, 0) for dim in (64, 1536, 1920, 3072, 5120)),
+    ],
+)
+def test_what_comes_before_the_encoding(before, dim, first, dtype, grid):
+    count = 198
+    wide = tokens(count, dim - first + 64, dtype).to(CUDA) / (8 if before == "gelu" else 1)
+    x = wide[:, 64:] if before == "gelu" else wide[:, 64:].contiguous()  # rows may be part of wider ones
+    modulation = (0.5 * random(3, 2 * dim, seed=7)).to(CUDA, dtype).chunk(2, dim=1)
+    first_channels = [tokens(count, first, dtype, seed=3).to(CUDA)] if first else []
+    extras = modulation if before == "layer_norm" else first_channels
+    found = rotate_encode_cuda.rotate_encode(x, 4, 1, grid, before=before, extras=extras)
+    expected = reference.rotate_encode(reference.apply_before(x, before, extras), 4, 1, grid)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=0)
+    levels = on_grid(dim, 4, grid, True).values.float().to(CUDA)
+    code, expected_code = (torch.bucketize(values.float(), levels) for values in (found[0], expected[0]))
+    assert (code - expected_code).abs().max() <= 1
+    assert (code != expected_code).sum() <= 3 + 3e-3 * code.numel()
+    assert all_same(found, rotate_encode_cuda.rotate_encode(x, 4, 1, grid, before=before, extras=extras))
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heights", [(16,), (48, 208), (3072, 16, 1024), (64, 64, 64, 12288)])
+def test_weights_that_are_decoded_together_are_those_decoded_alone(heights, bias, bits, grid):
+    dim = 3072
+    codes, scales = zip(*([t.to(CUDA) for t in packed(rows, dim, bits)] for rows in heights), strict=True)
+    biases = [None if bias is None else random(rows, seed=rows).to(CUDA, bias) for rows in heights]
+    values, row_scales, together = decode_cuda.decode_all(codes, scales, biases, bits, dim, grid)
+    alone = [reference.decode(c, s, bits, dim, grid) for c, s in zip(codes, scales, strict=True)]
+    for found, parts in zip((values, row_scales), zip(*alone, strict=True), strict=True):
+        assert same(found, torch.cat([part.view(torch.uint8) for part in parts]).view(found.dtype))
+    assert together is None if bias is None else same(together, torch.cat(biases))
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)

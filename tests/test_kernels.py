@@ -22,9 +22,14 @@ POISON = {"e4m3": 0x7F, "int8": 0x80}
 """Bytes that are no level of a codebook."""
 
 
-def rotate_encode(x, bits, grid, seed=1, tile=None, blocks=2, reverse=False):
+def rotate_encode(x, bits, grid, seed=1, tile=None, blocks=2, reverse=False, before="", extras=()):
     """Values and scales from the kernel, all of them written by it."""
-    (count, dim), tile = x.shape, tile or rotate_encode_cuda.tile_of(x.shape[1])
+    first = extras[0].shape[1] if before == "gelu" and extras else 0
+    count, dim = x.shape[0], x.shape[1] + first
+    tile = tile or rotate_encode_cuda.tile_of(dim)
+    more = {"": [], "gelu": [extras[0] if first else x, first, dim - first]}
+    if before == "layer_norm":
+        more[before] = [*extras, dim, count // extras[0].shape[0], reference.NORM_EPSILON]
     bins, slope, scale = rotate_encode_cuda.bin_table(dim, bits, grid)
     gather = torch.from_numpy(rotate_encode_cuda.gather_table(dim, seed, tile.tokens).view(np.int16))
     values, scales = torch.full((count, dim), POISON[grid], dtype=torch.uint8), torch.full((count,), -7.0)
@@ -35,8 +40,9 @@ def rotate_encode(x, bits, grid, seed=1, tile=None, blocks=2, reverse=False):
         32 * tile.warps,
         rotate_encode_cuda.shared_bytes(dim, tile),
         [x, gather, torch.from_numpy(bins), values, scales, count]
-        + [float(number) for number in (*rotate_encode_cuda.scaling(dim, slope, tile), scale)],
-        rotate_encode_cuda.compile_options(dim, bits, x.dtype == torch.float16, tile),
+        + [float(number) for number in (*rotate_encode_cuda.scaling(dim, slope, tile), scale)]
+        + more[before],
+        rotate_encode_cuda.compile_options(dim, bits, x.dtype == torch.float16, tile, before, first),
         reverse,
     )
     assert (values != POISON[grid]).all()
@@ -57,6 +63,58 @@ def test_both_dtypes_and_6_bits(dim, dtype):
     x = tokens(3, dim, torch.float16 if dtype == "f16" else torch.bfloat16)
     for bits in (4, 6):
         assert flips(rotate_encode(x, bits, "e4m3"), x, bits, "e4m3") <= 3 + FLIPS[bits] * x.numel()
+
+
+def modulation(batch, dim, dtype):
+    return tuple(0.5 * random(batch, dim, seed=seed).to(dtype) for seed in (7, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("before", "dim", "first", "batch"),
+    [
+        ("gelu", 64, 0, 1),
+        ("gelu", 192, 64, 1),
+        ("gelu", 1920, 384, 1),
+        ("gelu", 3072, 0, 1),
+        ("gelu", 12288, 0, 1),
+        ("gelu", 15360, 3072, 1),
+        ("layer_norm", 64, 0, 6),
+        ("layer_norm", 1536, 0, 2),
+        ("layer_norm", 1920, 0, 3),
+        ("layer_norm", 3072, 0, 1),
+        ("layer_norm", 5120, 0, 2),
+    ],
+)
+def test_what_comes_before_the_encoding(before, dim, first, batch, dtype):
+    count = 6
+    x = tokens(count, dim - first, dtype) / (8 if before == "gelu" else 1)
+    extras = (
+        ((tokens(count, first, dtype, seed=3),) if first else ()) if before == "gelu" else modulation(batch, dim, dtype)
+    )
+    made = reference.apply_before(x, before, extras)
+    values, scales = rotate_encode(x, 4, "e4m3", before=before, extras=extras)
+    expected, expected_scales = reference.rotate_encode(made, 4, 1, "e4m3")
+    # what rounds differently to 16 bits moves a token a little
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-3, atol=0)
+    levels = on_grid(dim, 4, "e4m3", True).values.float()
+    code, expected_code = (torch.bucketize(v.float(), levels) for v in (values, expected))
+    assert (code - expected_code).abs().max() <= 1
+    assert (code != expected_code).sum() <= 3 + 2e-3 * code.numel()
+    again = rotate_encode(x, 4, "e4m3", before=before, extras=extras, blocks=1, reverse=True)
+    assert torch.equal(again[0].view(torch.uint8), values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("before", ["gelu", "layer_norm"])
+def test_spoilt_tokens_leave_the_others_alone_whatever_comes_before(before):
+    x, extras = tokens(5, 1536), () if before == "gelu" else modulation(1, 1536, torch.bfloat16)
+    values, scales = rotate_encode(x, 4, "e4m3", before=before, extras=extras)
+    x[1, 7], x[3, 900] = torch.nan, torch.inf
+    spoilt, spoilt_scales = rotate_encode(x, 4, "e4m3", before=before, extras=extras)
+    good = torch.tensor([0, 2, 4])
+    assert torch.equal(spoilt[good].view(torch.uint8), values[good].view(torch.uint8))
+    assert torch.equal(spoilt_scales[good], scales[good])
+    assert not spoilt_scales[[1, 3]].isfinite().any()
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -34,6 +34,16 @@ def packed(rows, dim, bits):
     return pack(codes, bits), random(rows).exp().bfloat16()
 
 
+def buffers(tokens, dim, rows):
+    """What `encode_decode` fills."""
+    return (
+        torch.zeros(tokens, dim, dtype=torch.int8),
+        torch.zeros(tokens, 1),
+        torch.zeros(rows, dim, dtype=torch.int8),
+        torch.zeros(1, rows),
+    )
+
+
 def cases():
     x = random(5, 64, dtype=BF16)
     (codes, scales), (decoded, row_scales) = packed(32, 64, 3), reference.decode(*packed(48, 64, 4), 4, 64, "int8")
@@ -41,7 +51,32 @@ def cases():
     return {
         "rotate_encode": (x, 4, -1, INT8),
         "decode": (*packed(48, 64, 3), 3, 64, INT8),
-        "project": (x.view(1, 5, 64), [codes, decoded], [scales, row_scales], [None, bias], [3, 4], 4, -1, INT8),
+        "project": (
+            x.view(1, 5, 64),
+            [codes, decoded],
+            [scales, row_scales],
+            [None, bias],
+            [3, 4],
+            4,
+            -1,
+            INT8,
+            "",
+            [],
+        ),
+        "encode_decode": (
+            x[:, 16:],
+            [codes, codes],
+            [scales, scales],
+            [None, None],
+            3,
+            4,
+            -1,
+            INT8,
+            "gelu",
+            [x[:, :16]],
+            *buffers(5, 64, 64),
+            None,
+        ),
         "exact_linear": (x, *packed(48, 64, 6), bias, 6, 4, -3),
         "int4_linear": (x, packed(48, 64, 4)[0], random(48, 1).bfloat16(), bias),
     }
@@ -52,7 +87,7 @@ def test_the_registration_of_each_op(name):
     assert set(torch.library.opcheck(getattr(ops, name).default, cases()[name]).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", cases().keys() - {"encode_decode"})  # it returns nothing
 def test_shapes_and_dtypes_are_known_without_values(name):
     arguments = cases()[name]
     results = getattr(ops, name)(*arguments)
@@ -74,7 +109,7 @@ def test_ops_are_the_definition(grid):
     assert all(map(same, weight, reference.decode(codes, scales, 3, 64, grid)))
     product = reference.matmul(values, token_scales, *weight, bias, torch.float32)
     packed_and_decoded = ops.project(
-        x.view(3, 3, 64), [codes, weight[0]], [scales, weight[1]], [bias, bias], [3, 3], 4, -1, number
+        x.view(3, 3, 64), [codes, weight[0]], [scales, weight[1]], [bias, bias], [3, 3], 4, -1, number, "", []
     )
     assert packed_and_decoded.shape == (3, 3, 96)
     for y in packed_and_decoded.view(9, 96).split(48, dim=1):
@@ -166,7 +201,7 @@ def test_devices_without_kernels_run_exactly_and_say_so_once(device, cuda, monke
     assert "\n" not in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernels.choose(None, torch.device(device), BF16, (64, 64), (4, 4)) == EXACT
+        assert kernels.choose(None, torch.device(device), BF16) == EXACT
 
 
 @pytest.mark.parametrize("op", ["exact_linear", "int4_linear"])
@@ -189,30 +224,57 @@ def test_a_meta_device_is_no_reason_to_warn():
 @pytest.mark.parametrize("exact_products", [True, False])
 def test_the_grid_of_a_cpu_is_int8_where_it_multiplies_that(exact_products, monkeypatch):
     monkeypatch.setattr(cpu, "multiplies_int8", lambda: exact_products)
-    chosen = kernels.choose(None, torch.device("cpu"), BF16, (64, 64), (4, 4))
+    chosen = kernels.choose(None, torch.device("cpu"), BF16)
     assert chosen == (INT8 if exact_products else EXACT)
     assert set(kernels.device_grids(torch.device("cpu"))) == set(kernels.GRIDS)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shape", "bits"),
-    [
-        (torch.float32, (64, 64), (4, 4)),
-        (torch.float64, (64, 64), (4, 4)),
-        (BF16, (63, 64), (4, 4)),
-        (BF16, (8192, 64), (4, 4)),
-        (BF16, (64, 60), (4, 4)),
-        (BF16, (64, 64), (8, 4)),
-        (BF16, (64, 64), (4, 8)),
-        (BF16, (64, 64), (4, 16)),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("forced", [None, INT8, E4M3])
-def test_what_no_kernel_takes_runs_exactly(forced, dtype, shape, bits):
-    assert kernels.choose(forced, torch.device("cpu"), dtype, shape, bits) == EXACT
+def test_wide_inputs_run_exactly(forced, dtype):
+    assert kernels.choose(forced, torch.device("cpu"), dtype) == EXACT
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits"),
+    [((63, 64), (4, 4)), ((8192, 64), (4, 4)), ((64, 60), (4, 4)), ((64, 64), (8, 4)), ((64, 64), (4, 8))],
+)
+def test_what_no_kernel_takes(shape, bits):
+    assert not kernels.fits(shape, bits)
+    assert kernels.fits((64, 64), (4, 4))
+    assert not OrbitLinear(*shape, weight_bits=bits[0], activation_bits=bits[1]).fits
 
 
 @pytest.mark.parametrize("forced", [INT8, E4M3, EXACT])
 def test_a_forced_grid_is_taken(forced):
     for dtype in (BF16, torch.float16):
-        assert kernels.choose(forced, torch.device("cpu"), dtype, (3072, 3072), (2, 6)) == forced
+        assert kernels.choose(forced, torch.device("cpu"), dtype) == forced
+
+
+@pytest.mark.parametrize(("count", "bias"), [(1, True), (3, True), (2, False)])
+def test_what_a_compiler_sees_of_a_product_on_e4m3(count, bias, monkeypatch):
+    """Buffers, one op that fills them, and the library's product: the shapes and dtypes that the op itself promises."""
+    x = random(3, 5, 64, dtype=torch.float16)
+    weights, scales = zip(*(packed(48, 64, 3) for _ in range(count)), strict=True)
+    biases = [random(48, dtype=torch.float16) if bias else None] * count
+    filled = {}
+
+    def product(values, weight, token_scales, row_scales, bias=None, out_dtype=None, use_fast_accum=False):
+        assert weight.stride() == (1, 64)
+        filled.update(values=values, token_scales=token_scales, weight=weight.t(), row_scales=row_scales, bias=bias)
+        y = (values.float() @ weight.float()) * token_scales * row_scales
+        return (y if bias is None else y + bias.float()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    arguments = x, weights, scales, biases, [3] * count, 4, -1, E4M3
+    y = kernels._project_e4m3(ops.encode_decode, *arguments, "", ())
+    expected = ops.project(x, list(weights), list(scales), biases, [3] * count, 4, -1, E4M3, "", [])
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype) == ((3, 5, 48 * count), torch.float16)
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2e-2)
+    assert {name: None if t is None else (t.shape, t.dtype) for name, t in filled.items()} == {
+        "values": ((15, 64), torch.float8_e4m3fn),
+        "token_scales": ((15, 1), torch.float32),
+        "weight": ((48 * count, 64), torch.float8_e4m3fn),
+        "row_scales": ((1, 48 * count), torch.float32),
+        "bias": ((48 * count,), BF16) if bias else None,
+    }

@@ -52,7 +52,7 @@ class SharedInput:
             output = held[3][place]
         if held is None or output is None:
             for member in self.members:
-                if member.codes.device != x.device or _is_hooked(member):  # its weight is there when it is called
+                if is_hooked(member) or member.codes.device != x.device:  # its weight is there when it is called
                     return _project(self.members[place : place + 1], x, grid)[0]
             held = (x, version, grid, list(_project(self.members, x, grid)))
             self.held, output = held, held[3][place]
@@ -65,6 +65,12 @@ class SharedInput:
         assert output is not None
         return output
 
+    def hold(self, x: Tensor, before: str, *extras: Tensor) -> None:
+        """Compute the outputs for what `reference.apply_before` makes of `x`, to be given when members are called
+        with `x` itself. All members must be on the device of `x`, and all be called."""
+        grid = self.members[0].grid_for(x)
+        self.held = (x, _version(x), grid, list(_project(self.members, x, grid, before, extras)))
+
     def __getstate__(self) -> dict:
         return {"members": self.members, "held": None}
 
@@ -76,8 +82,7 @@ def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
     """
     alike: dict[tuple[int, int, int], list[OrbitLinear]] = {}
     for layer in layers:
-        shape, bits = (layer.in_features, layer.out_features), (layer.weight_bits, layer.activation_bits)
-        if kernels.fits(shape, bits):
+        if layer.fits:
             alike.setdefault((layer.in_features, layer.activation_bits, layer.seed), []).append(layer)
     for members in alike.values():
         shared = SharedInput(tuple(members)) if len(members) > 1 else None
@@ -85,9 +90,10 @@ def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
             layer.shared_input, layer.shared_place = shared, place
 
 
-def _is_hooked(layer: "OrbitLinear") -> bool:
+def is_hooked(layer: "OrbitLinear") -> bool:
     """Whether accelerate or diffusers moves the weight of this very layer, perhaps still while another one runs."""
-    return hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")
+    own = layer.__dict__
+    return "_hf_hook" in own or "_diffusers_hook" in own
 
 
 def _version(x: Tensor) -> int:
@@ -95,12 +101,20 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-def _project(layers: tuple["OrbitLinear", ...], x: Tensor, grid: int) -> tuple[Tensor, ...]:
+def _project(
+    layers: tuple["OrbitLinear", ...], x: Tensor, grid: int, before: str = "", extras: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
     """The outputs of `layers`, which encode alike, for `x` (..., dim): views of one tensor."""
-    weights, scales = zip(*(layer.operands(grid) for layer in layers), strict=True)
-    biases, bits = [layer.bias for layer in layers], [layer.weight_bits for layer in layers]
     first = layers[0]
-    y = ops.project(x, weights, scales, biases, bits, first.activation_bits, kernels.signed(first.seed), grid)
+    weights, scales, biases, bits = [], [], [], []
+    for layer in layers:
+        weight, scale = layer.operands(grid)
+        weights.append(weight)
+        scales.append(scale)
+        biases.append(layer.bias)
+        bits.append(layer.weight_bits)
+    encoding = first.activation_bits, kernels.signed(first.seed), grid, before, extras
+    y = kernels.project(x, weights, scales, biases, bits, *encoding)
     return (y,) if len(layers) == 1 else y.split([layer.out_features for layer in layers], dim=-1)
 
 
@@ -174,7 +188,9 @@ class OrbitLinear(_PackedLinear):
         quantized = quantized or _empty(out_features, in_features, weight_bits, (out_features,), device)
         super().__init__(in_features, out_features, bias, quantized)
         self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed
+        self.fits = kernels.fits((in_features, out_features), (weight_bits, activation_bits))
         self.grid: int | None = None
+        self.resident = False
         self.shared_input: SharedInput | None = None
         self.shared_place = 0
         # Kept as integers: a model that is cast to another dtype must leave them alone.
@@ -203,7 +219,7 @@ class OrbitLinear(_PackedLinear):
             with torch.autocast(x.device.type, enabled=False):
                 y = exact_linear(x.reshape(-1, shape[0]), self.codes, self.scales, self.bias, *bits, self.seed)
             return y.view(*x.shape[:-1], shape[1])
-        grid = kernels.choose(self.grid, x.device, x.dtype, shape, bits)
+        grid = self.grid_for(x)
         if grid == EXACT:
             tokens = x.reshape(-1, shape[0])
             y = ops.exact_linear(tokens, self.codes, self.scales, self.bias, *bits, kernels.signed(self.seed))
@@ -213,9 +229,17 @@ class OrbitLinear(_PackedLinear):
             return shared.output(self.shared_place, x, grid)
         return _project((self,), x, grid)[0]
 
+    def grid_for(self, x: Tensor) -> int:
+        """The grid that the layer runs on for inputs like `x`."""
+        return kernels.choose(self.grid, x.device, x.dtype) if self.fits else EXACT
+
+    def after(self, before: str, x: Tensor, *extras: Tensor) -> Tensor:
+        """The layer's output for what `reference.apply_before` makes of `x`, on a grid; gradients do not flow."""
+        return _project((self,), x, self.grid_for(x), before, extras)[0]
+
     def operands(self, grid: int) -> tuple[Tensor, Tensor]:
         """What `ops.project` takes as a weight: codes and scales, or what was decoded of them."""
-        if self.resident_values is None or self.resident_scales is None:
+        if not self.resident or self.resident_values is None or self.resident_scales is None:
             return self.codes, self.scales
         return self.resident_values.view(kernels.dtype_of(grid)), self.resident_scales.view(torch.float32)
 
@@ -223,9 +247,9 @@ class OrbitLinear(_PackedLinear):
         """Force a grid, or None for the device's own; `resident` keeps the decoded weight, a byte each, in memory."""
         self.grid = grid
         self.resident_values = self.resident_scales = None
-        shape, bits = (self.in_features, self.out_features), (self.weight_bits, self.activation_bits)
-        chosen = kernels.choose(grid, self.codes.device, torch.bfloat16, shape, bits)
-        if resident and chosen != EXACT:
+        chosen = kernels.choose(grid, self.codes.device, torch.bfloat16) if self.fits else EXACT
+        self.resident = resident and chosen != EXACT
+        if self.resident:
             self.grid = chosen  # values of one grid mean nothing on that of the next device
             values, scales = ops.decode(self.codes, self.scales, self.weight_bits, self.in_features, chosen)
             self.resident_values, self.resident_scales = values.view(torch.uint8), scales.view(torch.int32)

@@ -16,6 +16,7 @@ from torch import nn
 
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import ConfigError, ModelError
+from orbitdit.fusion import fuse_blocks, unfuse_blocks
 from orbitdit.kernels import EXACT, GRIDS, device_grids
 from orbitdit.linear import Int4Linear, OrbitLinear, share_inputs
 from orbitdit.policy import SHARED_INPUTS, Layer, LayerPlan, Plan, build_plan
@@ -67,7 +68,7 @@ def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True)
         rows = track(todo, title, console=console, transient=True, disable=not console.is_terminal)
     for row in rows:
         replace_module(model, row.name, quantize_layer(linear_named(model, row.name), row, config.seed))
-    share_model_inputs(model)
+    connect_layers(model)
     _tell_diffusers(model, config)
     return found
 
@@ -94,6 +95,12 @@ def set_grid_(model: nn.Module, grid: str = "auto", resident: bool = False) -> n
     return model
 
 
+def connect_layers(model: nn.Module) -> None:
+    """What quantized layers do together: share the encoding of a common input, and compute what precedes them."""
+    share_model_inputs(model)
+    fuse_blocks(model)
+
+
 def share_model_inputs(model: nn.Module) -> None:
     """Let the quantized layers of each block that take the same tensor encode it once (see `policy.SHARED_INPUTS`)."""
     packed = {name: layer for name, layer in packed_layers(model) if isinstance(layer, OrbitLinear)}
@@ -115,6 +122,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     dtype = _compute_dtype(model, packed)
     for name, layer in packed.items():
         replace_module(model, name, layer.to_linear(dtype))
+    unfuse_blocks(model)
     _tell_diffusers(model, None)
     return model
 

@@ -406,6 +406,7 @@ inline float f16_to_float(u16 h) {
 inline u32 pack_f16(float low, float high) { return static_cast<u32>(float_to_f16(high)) << 16 | float_to_f16(low); }
 inline u32 pack_bf16(float low, float high) { return static_cast<u32>(float_to_bf16(high)) << 16 | float_to_bf16(low); }
 
+inline float tanh_fast(float v) { return tanhf(v); }
 inline float fma_sat(float a, float b, float c) { return __saturatef(__fmaf_rn(a, b, c)); }
 
 template <class T>

@@ -19,13 +19,13 @@ from orbitdit.config import OrbitQuantConfig, QuantMethod
 from orbitdit.errors import CheckpointError, ConfigError, TensorError
 from orbitdit.linear import Int4Linear, OrbitLinear
 from orbitdit.model import (
+    connect_layers,
     dequantize_,
     empty_layer,
     linear_named,
     plan,
     quantize_layer,
     replace_module,
-    share_model_inputs,
 )
 from orbitdit.policy import LayerPlan
 
@@ -131,7 +131,7 @@ class OrbitQuantizer(DiffusersQuantizer):
                 raise CheckpointError(
                     f"the checkpoint has no tensor '{name}.weight': it is incomplete or of another model"
                 )
-        share_model_inputs(model)
+        connect_layers(model)
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
         """For the arithmetic of an automatic `device_map`: a byte a weight, an upper bound of what is stored."""

@@ -2,6 +2,7 @@
 
     rotate_encode   tokens -> values on a number grid and one scale a token
     decode          packed codes -> values on the grid and one scale a row
+    encode_decode   both, into memory that is given
     project         the layer, or several on one input side by side: encode, decode, multiply
     int4_linear     weight-only INT4, for modulation
     exact_linear    the whole layer with fp32 centroids: the reference, and the route of devices without kernels
@@ -14,6 +15,7 @@ capability 8.9 and newer) or int8 (8.0 and newer), and a layer of any bit width 
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -67,16 +69,38 @@ def fits(shape: tuple[int, int], bits: tuple[int, int]) -> bool:
     return rotate_encode_cuda.supported(shape[0]) and shape[1] % 16 == 0 and max(bits) <= GRID_BITS
 
 
-def choose(
-    forced: int | None, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], bits: tuple[int, int]
-) -> int:
-    """The grid that a layer of `shape` (in, out) and `bits` (weight, activation) runs on: this is decided here alone.
-
-    Exact for fp32 and fp64 inputs, for 8-bit codes and unquantized activations, and for widths that no kernel takes.
-    """
-    if not fits(shape, bits) or dtype not in (torch.bfloat16, torch.float16):
+def choose(forced: int | None, device: torch.device, dtype: torch.dtype) -> int:
+    """The grid that a layer which `fits` runs on: this is decided here alone. Exact for fp32 and fp64 inputs."""
+    if dtype not in (torch.bfloat16, torch.float16):
         return EXACT
     return GRIDS[device_grids(device)[0]] if forced is None else forced
+
+
+def project(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    weight_bits: Sequence[int],
+    activation_bits: int,
+    seed: int,
+    grid: int,
+    before: str = "",
+    extras: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """The op `project` in the way that costs the host least; `before` and `extras`: see `reference.apply_before`.
+
+    A compiler sees the products and allocates for itself, and eager mode on CUDA calls the kernels without torch's
+    dispatcher, where nothing listens in on it.
+    """
+    arguments = x, weights, scales, biases, weight_bits, activation_bits, seed, grid, before, extras
+    if x.is_cuda:
+        if torch.compiler.is_compiling():
+            if grid == E4M3 and _scaled_together(x, weights, biases, weight_bits, before, extras):
+                return _project_e4m3(ops.encode_decode, *arguments)
+        elif type(x) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
+            return _project_on_cuda(*arguments)
+    return ops.project(*arguments)
 
 
 def signed(seed: int) -> int:
@@ -131,9 +155,18 @@ def _rows_fake(x, codes, *_):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
-    tokens = x.reshape(-1, x.shape[-1])
-    values, token_scales = cpu.rotate_encode(tokens, activation_bits, _seed(seed), _NAMES[grid])
+def _flat(x):
+    """(..., channels) as (rows, channels)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _tokens(x, before, extras):
+    """What is encoded, where no kernel makes it on the way."""
+    return reference.apply_before(_flat(x), before, [_flat(t) for t in extras]) if before else _flat(x)
+
+
+def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, seed, grid, before, extras):
+    values, token_scales = cpu.rotate_encode(_tokens(x, before, extras), activation_bits, _seed(seed), _NAMES[grid])
     outputs = []
     for weight, scale, bias, bits in zip(weights, scales, biases, weight_bits, strict=True):
         if weight.dtype == torch.uint8:
@@ -144,13 +177,70 @@ def _project_on_cpu(x, weights, scales, biases, weight_bits, activation_bits, se
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, seed, grid):
+def _encode_decode_on_cpu(
+    x,
+    codes,
+    scales,
+    biases,
+    bits,
+    activation_bits,
+    seed,
+    grid,
+    before,
+    extras,
+    values,
+    token_scales,
+    weight,
+    row_scales,
+    bias,
+):
+    encoded = cpu.rotate_encode(_tokens(x, before, extras), activation_bits, _seed(seed), _NAMES[grid])
+    values.copy_(encoded[0])
+    token_scales.view(-1).copy_(encoded[1])
+    first = 0
+    for packed, scale in zip(codes, scales, strict=True):
+        rows = slice(first, first + packed.shape[0])
+        weight[rows], row_scales.view(-1)[rows] = reference.decode(packed, scale, bits, values.shape[1], _NAMES[grid])
+        first = rows.stop
+    if bias is not None:
+        bias.copy_(torch.cat(biases))
+
+
+def _encode_decode_on_cuda(
+    x,
+    codes,
+    scales,
+    biases,
+    bits,
+    activation_bits,
+    seed,
+    grid,
+    before,
+    extras,
+    values,
+    token_scales,
+    weight,
+    row_scales,
+    bias,
+):
+    _check_devices(x, codes)
+    encoding = _flat(x), activation_bits, _seed(seed), _NAMES[grid], values, token_scales, None, before
+    rotate_encode_cuda.rotate_encode_into(*encoding, [_flat(t) for t in extras])
+    decode_cuda.decode_into(codes, scales, biases, bits, _NAMES[grid], weight, row_scales, bias)
+
+
+def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, seed, grid, before, extras):
     """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued;
     torch's allocator hands the memory to the next layer."""
+    if grid == E4M3 and x.numel() and _scaled_together(x, weights, biases, weight_bits, before, extras):
+        return _project_e4m3(
+            _encode_decode_on_cuda, x, weights, scales, biases, weight_bits, activation_bits, seed, grid, before, extras
+        )
     _check_devices(x, weights)
-    dim, name = x.shape[-1], _NAMES[grid]
-    tokens = x if x.ndim == 2 else x.reshape(-1, dim)
-    values, token_scales = rotate_encode_cuda.rotate_encode(tokens, activation_bits, _seed(seed), name)
+    name, extras = _NAMES[grid], [_flat(t) for t in extras]
+    encoding = _flat(x), activation_bits, _seed(seed), name, None, before, extras
+    values, token_scales = rotate_encode_cuda.rotate_encode(*encoding)
+    dim = values.shape[1]
     if _decoded_alike(weights, biases, weight_bits):
         weight, scale, bias = decode_cuda.decode_all(weights, scales, biases, weight_bits[0], dim, name)
         y = matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype)
@@ -162,6 +252,32 @@ def _project_on_cuda(x, weights, scales, biases, weight_bits, activation_bits, s
             parts.append(matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype))
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _scaled_together(x, weights, biases, weight_bits, before, extras):
+    """Whether `_project_e4m3` takes this: weights that are decoded alike, at a size that has row and column scales."""
+    if not _decoded_alike(weights, biases, weight_bits):
+        return False
+    rows, tokens = sum(weight.shape[0] for weight in weights), x.numel() // x.shape[-1]
+    return matmul_cuda.has_row_scales(tokens, rows, reference.encoded_width(x, before, extras))
+
+
+def _project_e4m3(encode_decode, x, codes, scales, biases, weight_bits, activation_bits, seed, grid, before, extras):
+    """`project` in one encoding, one decoding and one product; `encode_decode` is the op or what it calls."""
+    dim, device, rows, tokens = reference.encoded_width(x, before, extras), x.device, 0, x.numel() // x.shape[-1]
+    for packed in codes:
+        rows += packed.shape[0]
+    values = torch.empty((tokens, dim), dtype=torch.float8_e4m3fn, device=device)
+    token_scales = torch.empty((tokens, 1), dtype=torch.float32, device=device)
+    weight = torch.empty((rows, dim), dtype=torch.float8_e4m3fn, device=device)
+    row_scales = torch.empty((1, rows), dtype=torch.float32, device=device)
+    bias, into = biases[0], None
+    if bias is not None and len(codes) > 1:
+        bias = into = torch.empty((rows,), dtype=bias.dtype, device=device)
+    inputs = x, codes, scales, biases, weight_bits[0], activation_bits, seed, grid, before, extras
+    encode_decode(*inputs, values, token_scales, weight, row_scales, into)
+    y = matmul_cuda.scaled_mm(values, token_scales, weight, row_scales, bias, x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], rows)
 
 
 def _check_devices(x, weights):
@@ -212,8 +328,16 @@ _define(
     _decode_fake,
 )
 _define(
+    "encode_decode(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] biases, int weight_bits, int activation_bits,"
+    " int seed, int grid, str before, Tensor[] extras, Tensor(a!) values, Tensor(b!) token_scales, Tensor(c!) weight,"
+    " Tensor(d!) row_scales, Tensor(e!)? bias) -> ()",
+    _encode_decode_on_cpu,
+    _encode_decode_on_cuda,
+    lambda *_: None,
+)
+_define(
     "project(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int[] weight_bits, int activation_bits,"
-    " int seed, int grid) -> Tensor",
+    " int seed, int grid, str before, Tensor[] extras) -> Tensor",
     _project_on_cpu,
     _project_on_cuda,
     _project_fake,

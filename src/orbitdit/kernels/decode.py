@@ -29,35 +29,49 @@ def decode_all(
 
     Raises TensorError for widths that are no multiple of 16 and for codes that are not contiguous.
     """
-    if dim % CHUNK or not all(packed.is_contiguous() for packed in codes):
-        raise TensorError(f"decode takes contiguous rows of a multiple of {CHUNK} codes; got {dim}")
-    scales = [s if s.dtype == torch.bfloat16 else s.to(torch.bfloat16) for s in scales]
-    device, first_bias = codes[0].device, biases[0]
-    ends, rows = [], 0
-    for packed in codes:
-        rows += packed.shape[0]
-        ends.append(rows)
+    rows, device, bias = sum(packed.shape[0] for packed in codes), codes[0].device, biases[0]
     values = torch.empty(rows, dim, dtype=GRID_DTYPES[grid], device=device)
     row_scales = torch.empty(rows, dtype=torch.float32, device=device)
-    bias = first_bias
-    if first_bias is not None and len(codes) > 1:
-        bias = torch.empty(rows, dtype=first_bias.dtype, device=device)
-    if rows:
-        collect = bias is not first_bias
-        built, table, scale = _kernel(bits, dim, grid, len(codes), collect, device.index)
-        pointers: list[int] = []
-        for tensors in (codes, scales, biases if collect else ()):
-            pointers += [t.data_ptr() for t in tensors]  # type: ignore[union-attr]
-            pointers += [0] * (MEMBERS - len(tensors))
-        bounds: list[int] = []
-        for member in range(MEMBERS - 1):
-            end = ends[member] if member < len(ends) else rows
-            bounds += [end * dim // CHUNK, end]
-        chunks = rows * dim // CHUNK
-        outputs = table, values.data_ptr(), row_scales.data_ptr(), 0 if bias is None else bias.data_ptr()
-        blocks = -(-chunks // (THREADS * UNROLL))
-        built.launch(blocks, THREADS, 0, *pointers, *outputs, *bounds, chunks, rows, scale)
-    return values, row_scales, bias
+    collected = None if bias is None or len(codes) == 1 else torch.empty(rows, dtype=bias.dtype, device=device)
+    decode_into(codes, scales, biases, bits, grid, values, row_scales, collected)
+    return values, row_scales, bias if collected is None else collected
+
+
+def decode_into(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bits: int,
+    grid: str,
+    values: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """`decode_all` into contiguous `values` (rows, dim), `row_scales` of as many numbers, and `bias`, if given."""
+    rows, dim = values.shape
+    pointers: list[int] = []
+    bounds: list[int] = []
+    end = 0
+    for packed in codes:
+        if dim % CHUNK or not packed.is_contiguous():
+            raise TensorError(f"decode takes contiguous rows of a multiple of {CHUNK} codes; got {dim}")
+        pointers.append(packed.data_ptr())
+        end += packed.shape[0]
+        bounds += end * dim // CHUNK, end
+    if not rows:
+        return
+    members, chunks = len(codes), rows * dim // CHUNK
+    absent = (0,) * (MEMBERS - members)
+    pointers += absent
+    scales = [s if s.dtype == torch.bfloat16 else s.to(torch.bfloat16) for s in scales]
+    pointers += [s.data_ptr() for s in scales]
+    pointers += absent
+    pointers += (0,) * MEMBERS if bias is None else [*(b.data_ptr() for b in biases), *absent]  # type: ignore[union-attr]
+    bounds += (chunks, rows) * len(absent)
+    built, table, scale = _kernel(bits, dim, grid, members, bias is not None, values.device.index)
+    outputs = table, values.data_ptr(), row_scales.data_ptr(), 0 if bias is None else bias.data_ptr()
+    blocks = -(-chunks // (THREADS * UNROLL))
+    built.launch(blocks, THREADS, 0, *pointers, *outputs, *bounds[: 2 * MEMBERS - 2], chunks, rows, scale)
 
 
 @cache

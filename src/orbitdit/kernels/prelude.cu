@@ -113,6 +113,13 @@ __device__ inline u32 xor_and(u32 a, u32 b, u32 c) {
   return r;
 }
 
+// tanh to 2^-11.
+__device__ inline float tanh_fast(float v) {
+  float r;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
 // 16 bytes that nobody reads or writes again soon.
 __device__ inline uint4 load_streaming(const void* p) {
   uint4 r;

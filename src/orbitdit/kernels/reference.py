@@ -1,5 +1,7 @@
 """Each operation in plain torch: what the kernels are held to, and what runs where there are none."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,32 @@ def normalize(x: Tensor, epsilon: float = EPSILON) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(-1, keepdim=True)
     norm = largest * (x / largest.where(largest > 0, 1)).norm(dim=-1, keepdim=True)
     return x / (norm + epsilon), norm
+
+
+NORM_EPSILON = 1e-6
+"""Of the LayerNorm in front of AdaLN's modulation, in every family."""
+
+
+def apply_before(x: Tensor, before: str, extras: Sequence[Tensor]) -> Tensor:
+    """Tokens (tokens, dim) as the encoding takes them, in the dtype of `x` (tokens, channels): what comes before it.
+
+    "": `x` itself. "gelu": the channels of `extras[0]` (tokens, first), if given, and gelu(x) in its tanh
+    approximation. "layer_norm": LayerNorm(x) * (1 + scale) + shift for `extras` scale and shift (batch, dim), each row
+    for as many consecutive tokens. In fp32, rounded once.
+    """
+    if not before:
+        return x
+    if before == "gelu":
+        y = torch.nn.functional.gelu(x.float(), approximate="tanh").to(x.dtype)
+        return torch.cat([*extras, y], dim=1)
+    scale, shift = (t.float().repeat_interleave(x.shape[0] // t.shape[0], 0) for t in extras)
+    y = torch.nn.functional.layer_norm(x.float(), x.shape[1:], eps=NORM_EPSILON)
+    return (y * (1 + scale) + shift).to(x.dtype)
+
+
+def encoded_width(x: Tensor, before: str, extras: Sequence[Tensor]) -> int:
+    """Channels of what `apply_before` makes."""
+    return x.shape[-1] + (extras[0].shape[-1] if before == "gelu" and extras else 0)
 
 
 def rotate_encode(x: Tensor, bits: int, seed: int, grid: str) -> tuple[Tensor, Tensor]:

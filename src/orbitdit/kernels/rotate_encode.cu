@@ -21,16 +21,24 @@
 // table, without bank conflicts. For more bits, BINS bins in shared memory hold the grid byte of their middle; their
 // width was chosen so that boundaries lie close to edges of bins.
 //
+// What a token is (BEFORE): 0, a row of x. 1, FIRST channels of `first`, then gelu(x) (tanh approximation), as the MLP of
+// a transformer block has it. 2, LayerNorm(x) * (1 + scale) + shift without other parameters, as AdaLN has it; scale and
+// shift are rows of a batch of `batch_tokens` tokens each. Both in fp32, rounded to 16 bits once.
+//
 // Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS, SPLIT
 // (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), HALF (fp16, else bf16), MIN_BLOCKS (a processor, for the
-// compiler's choice of registers).
+// compiler's choice of registers), BEFORE, FIRST (a multiple of 8).
 
 #define TILES (FACTOR1 * FACTOR2)
 #define THREADS (WARPS * 32)
 #define VECTORS (DIM / 8)
 #define UNITS ((DIM + 256 * TILES - 1) / (256 * TILES))
 #define STEPS ((VECTORS + THREADS - 1) / THREADS)  // vectors of a token a thread
+#if BEFORE == 2
+#define LOADS STEPS
+#else
 #define LOADS (STEPS < 8 / TOKENS ? STEPS : 8 / TOKENS)  // that it asks for at a time
+#endif
 #define SIDE_BY_SIDE (SPLIT ? WARPS / FACTOR2 : WARPS)  // units that a block has in hand
 #define ROUNDS ((UNITS + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE)
 
@@ -39,12 +47,14 @@
 #define mma_input mma_f16
 #define mma_input_first mma_f16_first
 #define mma_input_k8 mma_f16_k8
+#define pack_input pack_f16
 #define ONE 0x3c00u
 #else
 #define input_to_float bf16_to_float
 #define mma_input mma_bf16
 #define mma_input_first mma_bf16_first
 #define mma_input_k8 mma_bf16_k8
+#define pack_input pack_bf16
 #define ONE 0x3f80u
 #endif
 
@@ -94,6 +104,39 @@ __device__ float careful_norm(const u16* token, float* partial) {
   return largest * sqrtf(sum);
 }
 
+// The two numbers in a register, and `change(number, channel of 8)` of all eight in four of them.
+__device__ inline float low_of(u32 word) { return input_to_float(static_cast<u16>(word)); }
+__device__ inline float high_of(u32 word) { return input_to_float(static_cast<u16>(word >> 16)); }
+
+template <typename Change>
+__device__ inline uint4 change_all(uint4 r, Change change) {
+  return make_uint4(pack_input(change(low_of(r.x), 0), change(high_of(r.x), 1)),
+                    pack_input(change(low_of(r.y), 2), change(high_of(r.y), 3)),
+                    pack_input(change(low_of(r.z), 4), change(high_of(r.z), 5)),
+                    pack_input(change(low_of(r.w), 6), change(high_of(r.w), 7)));
+}
+
+// gelu(v) = v / 2 * (1 + tanh(sqrt(2 / pi) * (v + 0.044715 v^3)))
+__device__ inline float gelu(float v, int) {
+  const float half = 0.5f * v;
+  return __fmaf_rn(half, tanh_fast(v * __fmaf_rn(v * v, 0.0356774081f, 0.7978845608f)), half);
+}
+
+// Of [x y] [x]^T and [x y] [y]^T the diagonals, in rows g and g + 8.
+__device__ inline void add_squares(float (&squares)[2][4], uint4 r) {
+  mma_input_k8(squares[0], r.x, r.y, r.x);
+  mma_input_k8(squares[1], r.x, r.y, r.y);
+  mma_input_k8(squares[0], r.z, r.w, r.z);
+  mma_input_k8(squares[1], r.z, r.w, r.w);
+}
+
+// A lane's part of the sum of those diagonals.
+__device__ inline float diagonal_of(const float (&squares)[2][4]) {
+  const int g = threadIdx.x >> 2 & 7, q = threadIdx.x & 3;
+  const float diagonal = g & 1 ? squares[0][1] + squares[1][3] : squares[0][0] + squares[1][2];
+  return q == g >> 1 ? diagonal : 0.f;
+}
+
 // Lays vector v of all tokens out by channel: a word (or half a word, or two) holds one channel of each.
 __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
   uint4* const to = reinterpret_cast<uint4*>(staged) + v;
@@ -114,13 +157,21 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 #endif
 }
 
-// x (tokens, DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table: 32
+#if BEFORE == 1
+#define SOURCE , const u16* __restrict__ first_channels, int first_pitch, int pitch
+#elif BEFORE == 2
+#define SOURCE , const u16* __restrict__ scale, const u16* __restrict__ shift, int pitch, int batch_tokens, float epsilon
+#else
+#define SOURCE
+#endif
+
+// x (tokens, DIM - FIRST) with `pitch` numbers from row to row (without BEFORE: DIM), gather (tiles, 32 lanes, 8) u16: place in shared memory, and in the highest bit the sign; table: 32
 // words or BINS bytes; out (tokens, DIM) grid bytes, scales (tokens,). Dynamic shared memory: TOKENS * (DIM + 8) * 2
 // bytes and, with SPLIT, 512 for each token and tile that a block has in hand.
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
                   u8* __restrict__ out, float* __restrict__ scales, int tokens, float to_unit, float slope,
-                  float grid_scale) {
+                  float grid_scale SOURCE) {
 #if BINS > 32
   __shared__ uint4 bins[BINS / 16];
   const float base = index_base(bins);
@@ -129,6 +180,9 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
   const u32 bin = reinterpret_cast<const u32*>(table)[threadIdx.x & 31];
 #endif
   __shared__ float partial[TOKENS][WARPS];
+#if BEFORE == 2
+  __shared__ float moments[2][TOKENS][WARPS];
+#endif
   u8* const staged = dynamic_shared();
   // the shuffle tells the compiler that all lanes agree on it
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), g = lane >> 2, q = lane & 3;
@@ -144,6 +198,17 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     right[1][i >> 1][i & 1] = right[0][i >> 1][i & 1] ^ 0x80008000u;
   }
 
+  // Vector v of token t of those at hand; of none past the end.
+  auto load = [&](int first, int v, int t) {
+    const i64 token = min(first + t, tokens - 1);
+#if BEFORE == 1
+    if (v * 8 < FIRST) return load_streaming(first_channels + token * first_pitch + v * 8);
+    return load_streaming(x + token * pitch + (v * 8 - FIRST));
+#else
+    return load_streaming(x + token * DIM + v * 8);
+#endif
+  };
+
   for (int first = blockIdx.x * TOKENS; first < tokens; first += gridDim.x * TOKENS) {
     float squares[TOKENS][2][4] = {};
 #pragma unroll
@@ -155,29 +220,66 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
         for (int t = 0; t < TOKENS; ++t) {
           const int v = (step + l) * THREADS + threadIdx.x;
           if ((step + l + 1) * THREADS > VECTORS) loaded[l][t] = make_uint4(0, 0, 0, 0);
-          if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS)
-            loaded[l][t] = load_streaming(x + static_cast<i64>(min(first + t, tokens - 1)) * DIM + v * 8);
+          if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS) loaded[l][t] = load(first, v, t);
         }
+#if BEFORE == 2
+      float mean[TOKENS], deviation[TOKENS];  // of 1 / the standard deviation
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) {
+        float total[4] = {}, raw[2][4] = {};
+#pragma unroll
+        for (int l = 0; l < LOADS; ++l) {
+          add_squares(raw, loaded[l][t]);
+          mma_input_k8(total, loaded[l][t].x, loaded[l][t].y, ONE * 0x10001u);
+          mma_input_k8(total, loaded[l][t].z, loaded[l][t].w, ONE * 0x10001u);
+        }
+        const float sum = sum_of_warp(q == 0 ? total[0] + total[2] : 0.f);
+        const float sum_of_squares = sum_of_warp(diagonal_of(raw));
+        if (lane == 0) moments[0][t][warp] = sum, moments[1][t][warp] = sum_of_squares;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) {
+        float sum = 0.f, sum_of_squares = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += moments[0][t][w], sum_of_squares += moments[1][t][w];
+        mean[t] = sum * (1.f / DIM);
+        const float variance = __fmaf_rn(-mean[t], mean[t], sum_of_squares * (1.f / DIM));
+        deviation[t] = rsqrtf((variance < 0.f ? 0.f : variance) + epsilon);  // a comparison keeps NaN
+      }
+#endif
 #pragma unroll
       for (int l = 0; l < LOADS; ++l) {
         const int v = (step + l) * THREADS + threadIdx.x;
         if (step + l >= STEPS) break;
+        const bool inside = (step + l + 1) * THREADS <= VECTORS || v < VECTORS;
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-          // of [x y] [x]^T and [x y] [y]^T the diagonals, in rows g and g + 8
-          const uint4 r = loaded[l][t];
-          mma_input_k8(squares[t][0], r.x, r.y, r.x);
-          mma_input_k8(squares[t][1], r.x, r.y, r.y);
-          mma_input_k8(squares[t][0], r.z, r.w, r.z);
-          mma_input_k8(squares[t][1], r.z, r.w, r.w);
+          uint4& r = loaded[l][t];
+#if BEFORE == 1
+          if (v * 8 >= FIRST) r = change_all(r, gelu);
+#elif BEFORE == 2
+          if (inside) {
+            const i64 at = static_cast<i64>(min(first + t, tokens - 1) / batch_tokens) * pitch + v * 8;
+            const uint4 scales_of = __ldg(reinterpret_cast<const uint4*>(scale + at));
+            const uint4 shifts_of = __ldg(reinterpret_cast<const uint4*>(shift + at));
+            const u32 s[4] = {scales_of.x, scales_of.y, scales_of.z, scales_of.w};
+            const u32 b[4] = {shifts_of.x, shifts_of.y, shifts_of.z, shifts_of.w};
+            r = change_all(r, [&](float number, int channel) {
+              const u32 word = s[channel >> 1], other = b[channel >> 1];
+              const float gain = __fmaf_rn(channel & 1 ? high_of(word) : low_of(word), deviation[t], deviation[t]);
+              return __fmaf_rn(number - mean[t], gain, channel & 1 ? high_of(other) : low_of(other));
+            });
+          }
+#endif
+          add_squares(squares[t], r);
         }
-        if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS) lay_out(staged, v, loaded[l]);
+        if (inside) lay_out(staged, v, loaded[l]);
       }
     }
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
-      const float diagonal = g & 1 ? squares[t][0][1] + squares[t][1][3] : squares[t][0][0] + squares[t][1][2];
-      const float sum = sum_of_warp(q == g >> 1 ? diagonal : 0.f);
+      const float sum = sum_of_warp(diagonal_of(squares[t]));
       if (lane == 0) partial[t][warp] = sum;
     }
     __syncthreads();

@@ -5,6 +5,7 @@ one level at a boundary, for about 6 coordinates in 10,000 at 4 bits, 3 at 3 bit
 the bins too.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
 from orbitdit.errors import TensorError
 from orbitdit.kernels.nvrtc import kernel, processors, readable, upload
+from orbitdit.kernels.reference import NORM_EPSILON, encoded_width
 from orbitdit.rotation import rotation
 
 TILE = 256
@@ -53,6 +55,8 @@ BEST_TILES = {
 MAX_DIM = 24064
 """What is staged must fit into the 99 KiB of shared memory that a block has on compute capability 8.6 and 8.9."""
 BINS = 4096
+SIGNATURES = {"": "", "gelu": "Pii", "layer_norm": "PPiif"}
+"""What may come before the encoding, and the arguments that it adds to the kernel's."""
 
 
 def supported(dim: int) -> bool:
@@ -60,20 +64,68 @@ def supported(dim: int) -> bool:
     return dim % 16 == 0 and dim <= MAX_DIM and _factor(dim) in TILES
 
 
-def rotate_encode(x: Tensor, bits: int, seed: int, grid: str, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """Values (tokens, dim) on the grid and scales (tokens,) fp32 of bf16 or fp16 `x` (tokens, dim); see reference.py.
+def rotate_encode(
+    x: Tensor,
+    bits: int,
+    seed: int,
+    grid: str,
+    tile: Tile | None = None,
+    before: str = "",
+    extras: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """Values (tokens, dim) on the grid and scales (tokens,) fp32 of bf16 or fp16 `x` (tokens, channels), `before` which
+    something may come; see reference.py.
 
     Raises TensorError for other dtypes and for widths that `supported` refuses.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TensorError(f"rotate_encode takes bf16 or fp16 tokens; got {x.dtype}")
-    tokens, dim = x.shape
-    x = readable(x)
-    values = torch.empty(tokens, dim, dtype=GRID_DTYPES[grid], device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    if tokens:
-        _launcher(dim, bits, seed, grid, x.dtype == torch.float16, tile, x.device.index)(x, values, scales)
+    shape = (x.shape[0], encoded_width(x, before, extras))
+    values = torch.empty(shape, dtype=GRID_DTYPES[grid], device=x.device)
+    scales = torch.empty(shape[0], dtype=torch.float32, device=x.device)
+    rotate_encode_into(x, bits, seed, grid, values, scales, tile, before, extras)
     return values, scales
+
+
+def rotate_encode_into(
+    x: Tensor,
+    bits: int,
+    seed: int,
+    grid: str,
+    values: Tensor,
+    scales: Tensor,
+    tile: Tile | None = None,
+    before: str = "",
+    extras: Sequence[Tensor] = (),
+) -> None:
+    """`rotate_encode` into contiguous `values` (tokens, dim) and `scales` of as many numbers as tokens."""
+    tokens, dim = values.shape
+    if not tokens:
+        return
+    first = extras[0].shape[1] if before == "gelu" and extras else 0
+    launch = _launcher(dim, bits, seed, grid, x.dtype == torch.float16, tile, x.device.index, before, first)
+    if not before:
+        launch(readable(x).data_ptr(), values.data_ptr(), scales.data_ptr(), tokens)
+        return
+    x, *others = (_readable_rows(t) for t in (x, *extras))
+    more: tuple[int | float, ...]
+    if before == "gelu":
+        other = others[0] if others else x
+        more = other.data_ptr(), other.stride(0), x.stride(0)
+    else:
+        if not x.is_contiguous():
+            x = x.contiguous()
+        scale, shift = others
+        if scale.stride(0) != shift.stride(0):
+            scale, shift = scale.contiguous(), shift.contiguous()
+        more = scale.data_ptr(), shift.data_ptr(), scale.stride(0), tokens // scale.shape[0], NORM_EPSILON
+    launch(x.data_ptr(), values.data_ptr(), scales.data_ptr(), tokens, *more)
+
+
+def _readable_rows(x: Tensor) -> Tensor:
+    """`x` (rows, channels), or a copy of it if its rows are not contiguous or not aligned as vectors of 16 bytes."""
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if aligned else x.contiguous()
 
 
 def tile_of(dim: int) -> Tile:
@@ -82,32 +134,34 @@ def tile_of(dim: int) -> Tile:
 
 
 @cache
-def _launcher(dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile | None, device: int):
+def _launcher(
+    dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile | None, device: int, before: str, first: int
+):
     """A function that launches the kernel for one width and codebook; None is the best tile."""
     if not supported(dim):
         raise TensorError(f"rotate_encode has no kernel for tokens of width {dim}: run this layer on the grid 'exact'")
     tile = tile or tile_of(dim)
     bins, slope, scale = bin_table(dim, bits, grid)
-    defines = compile_options(dim, bits, half, tile)
-    built = kernel("rotate_encode.cu", "rotate_encode", tuple(defines.items()), "PPPPPifff", device)
+    defines = compile_options(dim, bits, half, tile, before, first)
+    signature = "PPPPPifff" + SIGNATURES[before]
+    built = kernel("rotate_encode.cu", "rotate_encode", tuple(defines.items()), signature, device)
     gather_on, bins_on = upload(gather_table(dim, seed, tile.tokens), device), upload(bins, device)
     shared = shared_bytes(dim, tile)
     threads = 32 * tile.warps
     resident = processors(device) * max(1, built.blocks_per_processor(threads, shared))
     to_unit, slope = scaling(dim, slope, tile)
 
-    def launch(x: Tensor, values: Tensor, scales: Tensor) -> None:
-        tokens = x.shape[0]
+    def launch(x: int, values: int, scales: int, tokens: int, *more: int | float) -> None:
         groups = -(-tokens // tile.tokens)
         rounds = -(-groups // resident)
         blocks = -(-groups // rounds)  # all blocks are done at the same time
-        pointers = x.data_ptr(), gather_on, bins_on, values.data_ptr(), scales.data_ptr()
-        built.launch(blocks, threads, shared, *pointers, tokens, to_unit, slope, scale)
+        pointers = x, gather_on, bins_on, values, scales
+        built.launch(blocks, threads, shared, *pointers, tokens, to_unit, slope, scale, *more)
 
     return launch
 
 
-def compile_options(dim: int, bits: int, half: bool, tile: Tile) -> dict[str, int]:
+def compile_options(dim: int, bits: int, half: bool, tile: Tile, before: str = "", first: int = 0) -> dict[str, int]:
     """The kernel's compile-time constants."""
     row_bits, column_bits = _hadamard_bits(dim)
     return {
@@ -122,6 +176,8 @@ def compile_options(dim: int, bits: int, half: bool, tile: Tile) -> dict[str, in
         "MIN_BLOCKS": tile.min_blocks,
         "SPLIT": int(tile.split),
         "HALF": int(half),
+        "BEFORE": list(SIGNATURES).index(before),
+        "FIRST": first,
     }
 
 

@@ -1,0 +1,185 @@
+"""Blocks of diffusers' models whose norms and activations run inside the encoding of the layer that follows (issue 3).
+
+A LayerNorm with AdaLN's modulation, and the GELU of a feed-forward, directly precede a quantized layer; the kernel that
+encodes its tokens can compute them on the way, and what lies between is never written to memory. A block that can is
+given a class of the same name with a forward pass of its own, which falls back to the original's wherever it must:
+on devices without kernels, for gradients, for adapters, for attention processors that are not the model's own.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orbitdit.kernels import EXACT
+from orbitdit.kernels.reference import NORM_EPSILON
+from orbitdit.linear import OrbitLinear, SharedInput, is_hooked
+
+
+def fuse_blocks(model: nn.Module) -> None:
+    """Give the blocks of `model` that `FUSED` names their fused forward pass, if diffusers' own takes what is known."""
+    for block in model.modules():
+        base: Any = type(block)
+        forward = FUSED.get(base.__name__)
+        if forward is None or hasattr(base, "unfused"):
+            continue
+        if list(inspect.signature(base.forward).parameters) == list(inspect.signature(forward).parameters):
+            block.__class__ = _fused(base)
+
+
+def unfuse_blocks(model: nn.Module) -> None:
+    """Undo `fuse_blocks`."""
+    for block in model.modules():
+        base = getattr(type(block), "unfused", None)
+        if base is not None:
+            block.__class__ = base
+
+
+@cache
+def _fused(base: Any) -> type[nn.Module]:
+    """A subclass with the name of `base`, by which diffusers and torch.compile find repeated blocks."""
+
+    def reduce(block: nn.Module, protocol: int) -> tuple:
+        return _revive, (base,), block.__dict__
+
+    own = {"forward": FUSED[base.__name__], "unfused": base, "unfused_forward": base.forward}
+    return type(base.__name__, (base,), {**own, "__reduce_ex__": reduce, "__module__": base.__module__})
+
+
+def _revive(base: Any) -> nn.Module:
+    """An empty block to fill, for copies and pickles."""
+    return _fused(base).__new__(_fused(base))
+
+
+def _ready(x: Tensor, layers: Iterable[nn.Module]) -> bool:
+    """Whether kernels run all of `layers` on what is like `x`."""
+    if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    for layer in layers:
+        if type(layer) is not OrbitLinear or is_hooked(layer) or layer.grid_for(x) == EXACT:
+            return False
+    return True
+
+
+def _plain_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and not norm.elementwise_affine and norm.eps == NORM_EPSILON
+
+
+def _has_gelu(feed_forward: Any) -> bool:
+    """Whether this is diffusers' feed-forward with the tanh approximation of GELU, and nothing drops out."""
+    gelu, dropout = feed_forward.net[0], feed_forward.net[1]
+    known = type(gelu).__name__ == "GELU" and gelu.approximate == "tanh" and type(dropout) is nn.Dropout
+    return known and (dropout.p == 0 or not feed_forward.training)
+
+
+def _feed_forward(feed_forward: Any, x: Tensor, before: str = "", *extras: Tensor) -> Tensor:
+    y = feed_forward.net[2].after("gelu", feed_forward.net[0].proj.after(before, x, *extras))
+    for module in feed_forward.net[3:]:
+        y = module(y)
+    return y
+
+
+def feed_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """diffusers' FeedForward: GELU inside the encoding of the second layer."""
+    if args or kwargs or not (_has_gelu(self) and _ready(hidden_states, (self.net[0].proj, self.net[2]))):
+        return self.unfused_forward(hidden_states, *args, **kwargs)
+    return _feed_forward(self, hidden_states)
+
+
+def _flux_attention(attention: Any) -> bool:
+    """Whether attention projects the very tensors that it is given, once each."""
+    return type(attention.processor).__name__ == "FluxAttnProcessor" and not attention.fused_projections
+
+
+def _shared(layers: tuple[OrbitLinear, ...]) -> SharedInput | None:
+    """What `layers` share, if it is all of them and no others."""
+    shared = layers[0].shared_input
+    if shared is None or len(shared.members) != len(layers):
+        return None
+    for layer in layers:
+        if layer.shared_input is not shared or shared.members[layer.shared_place] is not layer:
+            return None
+    return shared
+
+
+def _clip(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def flux_single_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """FLUX's single-stream block: the norm inside the encoding for q, k, v and MLP, GELU inside that of `proj_out`."""
+    attention, norm, gelu = self.attn, self.norm, self.act_mlp
+    members = attention.to_q, attention.to_k, attention.to_v, self.proj_mlp
+    usual = (
+        _flux_attention(attention) and _plain_norm(norm.norm) and type(gelu) is nn.GELU and gelu.approximate == "tanh"
+    )
+    shared = _shared(members) if usual and _ready(hidden_states, (*members, self.proj_out)) else None
+    if shared is None:
+        given = hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+        return self.unfused_forward(*given)
+    text = encoder_hidden_states.shape[1]
+    hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
+    shared.hold(hidden_states, "layer_norm", scale, shift)
+    mlp = self.proj_mlp(hidden_states)
+    attended = attention(hidden_states, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    hidden_states = _clip(hidden_states + gate[:, None] * self.proj_out.after("gelu", mlp, attended))
+    return hidden_states[:, :text], hidden_states[:, text:]
+
+
+def flux_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """FLUX's double-stream block: every norm and every GELU inside an encoding."""
+    attention, streams = self.attn, (self.ff, self.ff_context)
+    members = attention.to_q, attention.to_k, attention.to_v
+    context_members = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
+    norms = self.norm1.norm, self.norm1_context.norm, self.norm2, self.norm2_context
+    usual = _flux_attention(attention) and all(map(_plain_norm, norms)) and all(map(_has_gelu, streams))
+    layers = (*members, *context_members, *(layer for ff in streams for layer in (ff.net[0].proj, ff.net[2])))
+    ready = usual and self.norm1.emb is None and self.norm1_context.emb is None and _ready(hidden_states, layers)
+    shared, context_shared = (_shared(members), _shared(context_members)) if ready else (None, None)
+    if shared is None or context_shared is None:
+        given = hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+        return self.unfused_forward(*given)
+    gates = []
+    for norm, part, tokens in (
+        (self.norm1, shared, hidden_states),
+        (self.norm1_context, context_shared, encoder_hidden_states),
+    ):
+        shift, scale, *rest = norm.linear(norm.silu(temb)).chunk(6, dim=1)
+        part.hold(tokens, "layer_norm", scale, shift)
+        gates.append(rest)
+    attended = attention(
+        hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
+    )
+    outputs = []
+    for x, y, (gate, shift, scale, ff_gate), ff in zip(
+        (hidden_states, encoder_hidden_states), attended, gates, streams, strict=True
+    ):
+        x = x + gate[:, None] * y
+        outputs.append(x + ff_gate[:, None] * _feed_forward(ff, x, "layer_norm", scale, shift))
+    return _clip(outputs[1]), outputs[0]
+
+
+FUSED: dict[str, Callable] = {
+    "FeedForward": feed_forward,
+    "FluxSingleTransformerBlock": flux_single_block,
+    "FluxTransformerBlock": flux_block,
+}
+"""Forward passes by the name of diffusers' class."""

@@ -1,0 +1,218 @@
+"""Blocks whose norms and activations run inside an encoding: as diffusers' own, and when they are left to diffusers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+from peft import LoraConfig
+from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+
+import orbitdit
+from encoding_checks import relative
+from families import FAMILIES
+from orbitdit import OrbitLinear, OrbitQuantConfig, fusion
+from orbitdit.kernels import reference
+from orbitdit.linear import SharedInput
+from orbitdit.model import dequantize_, set_grid_
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+FUSED_LAYERS = {"flux": {"layer_norm": 10, "gelu": 6}, "z-image": {}, "wan": {"gelu": 2}, "cogvideox": {"gelu": 2}}
+"""How often a forward pass of the small models computes something inside an encoding."""
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch):
+    """The CPU stands in for a device with kernels: what precedes an encoding is then the definition's."""
+    ready = fusion._ready
+
+    class OnCuda:
+        is_cuda, requires_grad = True, False
+
+        def __init__(self, x):
+            self.dtype, self.device, self.requires_grad = x.dtype, x.device, x.requires_grad
+
+    monkeypatch.setattr(fusion, "_ready", lambda x, layers: ready(OnCuda(x), layers))
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """How often each thing came before an encoding."""
+    counts = {}
+    apply = reference.apply_before
+
+    def counted(x, before, extras):
+        counts[before] = counts.get(before, 0) + 1
+        return apply(x, before, extras)
+
+    monkeypatch.setattr(reference, "apply_before", counted)
+    return counts
+
+
+def quantized(name, dtype=torch.bfloat16):
+    model = FAMILIES[name].build().to(dtype)
+    orbitdit.quantize_(model, OrbitQuantConfig("w4a6"), progress=False)
+    return set_grid_(model, "int8").eval()
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_fused_blocks_give_what_the_others_give(name, dtype, used):
+    family, model = FAMILIES[name], quantized(name, dtype)
+    output = family.run(model)
+    assert used == FUSED_LAYERS[name]
+    fusion.unfuse_blocks(model)
+    used.clear()
+    expected = family.run(model)
+    assert not used
+    assert relative(output, expected) <= 0.03
+    assert all(m.shared_input is None or m.shared_input.held is None for m in model.modules() if type(m) is OrbitLinear)
+
+
+def compiled(family, model):
+    """The output of the model with each repeated block compiled as one graph, and the number of graphs."""
+    graphs = []
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return lookup_backend("aot_eager")(module, example_inputs)
+
+    torch._dynamo.reset()
+    for blocks in (m for m in model.children() if isinstance(m, nn.ModuleList)):
+        for block in blocks:
+            block.compile(fullgraph=True, backend=backend)
+    return family.run(model), len(graphs)
+
+
+@every_family
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_compiled_fused_blocks_need_no_more_graphs(name):
+    family = FAMILIES[name]
+    output, graphs = compiled(family, quantized(name))
+    torch.testing.assert_close(output, family.run(quantized(name)), rtol=0, atol=0)
+    unfused = quantized(name)
+    fusion.unfuse_blocks(unfused)
+    assert graphs <= compiled(family, unfused)[1]
+
+
+def test_on_a_cpu_blocks_run_as_they_were(used):
+    family, model = FAMILIES["flux"], quantized("flux")
+    expected = family.run(model)
+    assert not used
+    fusion.unfuse_blocks(model)
+    assert torch.equal(family.run(model), expected)
+
+
+def test_classes_keep_their_names_and_can_be_copied_and_undone():
+    model = quantized("flux")
+    block = model.transformer_blocks[0]
+    assert isinstance(block, FluxTransformerBlock)
+    assert type(block) is not FluxTransformerBlock
+    assert type(block).__name__ == "FluxTransformerBlock"
+    for again in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert type(again) is type(block)
+        assert torch.equal(again.ff.net[2].codes, block.ff.net[2].codes)
+    orbitdit.fusion.fuse_blocks(model)
+    assert type(model.transformer_blocks[0]) is type(block)
+    dequantize_(model)
+    assert type(model.transformer_blocks[0]) is FluxTransformerBlock
+    assert not any(hasattr(m, "unfused") for m in model.modules())
+
+
+def test_a_forward_pass_of_other_parameters_is_left_alone():
+    class FeedForward(nn.Module):
+        def forward(self, x):
+            return x
+
+    model = nn.Sequential(FeedForward())
+    fusion.fuse_blocks(model)
+    assert type(model[0]) is FeedForward
+
+
+def with_adapter(model):
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "net.2", "proj_mlp"], init_lora_weights=False))
+
+
+def with_other_processor(model):
+    class Own(type(model.transformer_blocks[0].attn.processor)):
+        pass
+
+    model.set_attn_processor(Own())
+
+
+def with_erf(model):
+    for block in model.transformer_blocks:
+        block.ff.net[0].approximate = block.ff_context.net[0].approximate = "none"
+    for block in model.single_transformer_blocks:
+        block.act_mlp = nn.GELU()
+
+
+def with_exact_layers(model):
+    set_grid_(model, "exact")
+
+
+@pytest.mark.parametrize("change", [with_adapter, with_erf, with_exact_layers])
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_what_is_unusual_runs_as_it_was(change, used):
+    family, model = FAMILIES["flux"], quantized("flux")
+    change(model)
+    output = family.run(model)
+    assert not used
+    fusion.unfuse_blocks(model)
+    assert torch.equal(family.run(model), output)
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_another_attention_processor_gets_normalized_tokens(used):
+    family, model = FAMILIES["flux"], quantized("flux")
+    with_other_processor(model)
+    output = family.run(model)
+    assert used == {"gelu": 4}  # of the feed-forwards
+    fusion.unfuse_blocks(model)
+    assert relative(family.run(model), output) <= 0.03
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_gradients_take_the_original_path(used):
+    model = quantized("flux")
+    x = (
+        torch.randn(1, 4, model.config.num_attention_heads * model.config.attention_head_dim)
+        .bfloat16()
+        .requires_grad_()
+    )
+    model.transformer_blocks[0].ff(x).sum().backward()
+    assert x.grad is not None
+    assert not used
+
+
+def test_held_outputs_are_of_the_modulated_tokens():
+    layers = [OrbitLinear(64, 32, weight_bits=4, activation_bits=4) for _ in range(2)]
+    for layer in layers:
+        layer.load_state_dict(OrbitLinear.from_linear(nn.Linear(64, 32, bias=False).bfloat16(), 4, 4).state_dict())
+        layer.set_grid(2, False)
+    orbitdit.linear.share_inputs(layers)
+    x, scale, shift = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 64).bfloat16(), torch.randn(2, 64).bfloat16()
+    shared = layers[0].shared_input
+    assert isinstance(shared, SharedInput)
+    expected = [
+        layer(reference.apply_before(x.view(6, 64), "layer_norm", (scale, shift)).view(2, 3, 64)) for layer in layers
+    ]
+    shared.held = None
+    shared.hold(x, "layer_norm", scale, shift)
+    assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
+    assert shared.held is None
+    assert not torch.equal(layers[0](x), expected[0])
+
+
+def test_the_norms_of_flux_are_those_that_the_kernel_has():
+    model = FAMILIES["flux"].build()
+    assert all(fusion._plain_norm(block.norm2) for block in model.transformer_blocks)
+    assert not fusion._plain_norm(nn.LayerNorm(8))
+    assert not fusion._plain_norm(nn.LayerNorm(8, elementwise_affine=False))
