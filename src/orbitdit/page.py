@@ -173,11 +173,9 @@ def _figures(figures: Sequence[Figure]) -> str:
 
 
 def _record(values: dict[str, Any]) -> str:
-    return "".join(f"<div><dt>{escape(_words(k))}</dt><dd>{escape(_plain(v))}</dd></div>" for k, v in values.items())
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return "".join(
+        f"<div><dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(_plain(v))}</dd></div>" for k, v in values.items()
+    )
 
 
 def _plain(value: Any) -> str:
