@@ -70,7 +70,7 @@ def comparison_page(
     names = [result.label for result in results]
     title = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
     classes = " and ".join(dict.fromkeys(plan.model for plan in plans))
-    model = escape(f"{record['settings'].get('model', '')} ({classes})".strip())
+    model = escape(f"{record['settings'].get('model', '')} ({classes or 'nothing quantized'})".strip())
     shown = prompts[:SHOWN]
     count = f"{len(prompts)} prompt{'s' * (len(prompts) != 1)}"
     fields = {
