@@ -36,14 +36,21 @@ copy and no GEMM reaches; that of a model is its products plus its attention in 
 
 
 def read(folder: Path) -> list[Row]:
-    """The lines that count, in the order in which their cases first appear."""
+    """The lines that count, in the order in which their cases first appear.
+
+    Each gets "beside": the median times of its case's providers in its own file, which is one run.
+    """
     found: dict[tuple, Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
+        beside: dict[tuple, dict[str, float]] = {}
         for text in path.read_text().splitlines():
             row = json.loads(text)
-            key = (row["gpu"], row["suite"], row["case"], row["provider"])
-            if row["status"] != "skipped" or key not in found:
-                found[key] = row
+            case = (row["gpu"], row["suite"], row["case"])
+            row["beside"] = beside.setdefault(case, {})
+            if row["status"] == "ok" and "median_us" in row:
+                row["beside"][row["provider"]] = row["median_us"]
+            if row["status"] != "skipped" or (*case, row["provider"]) not in found:
+                found[(*case, row["provider"])] = row
     return list(found.values())
 
 
@@ -67,12 +74,11 @@ def floor_us(row: Row) -> float | None:
     return max(moved, products + row.get("attention_flops", 0) / limits["bf16"]) / 1e6
 
 
-def ratio(row: Row, references: dict[str, float]) -> str:
-    """Speed-up over the case's reference, bold where it is a slow-down; "-" without a reference."""
-    reference = references.get(row["case"])
-    if reference is None:
+def ratio(row: Row, reference: str) -> str:
+    """Speed-up over that provider in the same run, bold where it is a slow-down; "-" where it did not run."""
+    if reference not in row["beside"]:
         return "-"
-    times = reference / row["median_us"]
+    times = row["beside"][reference] / row["median_us"]
     return f"{times:.2f}x" if times >= 1 else f"**{times:.2f}x**"
 
 
@@ -96,22 +102,17 @@ def failure(row: Row) -> str:
     return f"{row['status']}: {note}{error}"
 
 
-def references(rows: list[Row], provider: str) -> dict[str, float]:
-    """Median times of `provider` by case."""
-    return {r["case"]: r["median_us"] for r in rows if r["provider"] == provider and r["status"] == "ok"}
-
-
 def matrix(suite: str, rows: list[Row]) -> str:
     """Cases by providers: the reference's time, and what the others make of it."""
     reference = REFERENCE[suite]
-    base = references(rows, reference)
+    base = {r["case"]: r["median_us"] for r in rows if r["provider"] == reference and r["status"] == "ok"}
     rows = [r for r in rows if r["provider"] not in ALONE]
     providers = [p for p in distinct(r["provider"] for r in rows) if p != reference]
     by_key = {(r["case"], r["provider"]): r for r in rows}
 
     def cell(case: str, provider: str) -> str:
         row = by_key.get((case, provider))
-        return "-" if row is None else ratio(row, base) if row["status"] == "ok" else row["status"]
+        return "-" if row is None else ratio(row, reference) if row["status"] == "ok" else row["status"]
 
     body = [
         [case, f"{base[case]:.0f}" if case in base else "-", *(cell(case, p) for p in providers)]
@@ -122,7 +123,6 @@ def matrix(suite: str, rows: list[Row]) -> str:
 
 def small_details(suite: str, rows: list[Row]) -> str:
     """All rows of the kernels or layers."""
-    base = references(rows, REFERENCE[suite])
     body = [
         [
             r["case"],
@@ -130,7 +130,7 @@ def small_details(suite: str, rows: list[Row]) -> str:
             f"{r['median_us']:.1f}",
             f"{r['p20_us']:.1f} to {r['p80_us']:.1f}",
             achieved(r),
-            ratio(r, base),
+            ratio(r, REFERENCE[suite]),
             share(r),
             f"{r['error']:.4f}",
         ]
@@ -143,7 +143,6 @@ def small_details(suite: str, rows: list[Row]) -> str:
 
 def model_details(rows: list[Row]) -> str:
     """All rows of the models."""
-    eager, compiled = references(rows, "bf16"), references(rows, "bf16 compiled")
     head = ["model", "provider", "step, ms", "20% to 80%", "over bf16", "over bf16 compiled", "of the floor"]
     head += ["first step, s", "quantize, s", "peak, GB", "model, GB", "graphs, later", "error"]
     body = [
@@ -152,8 +151,8 @@ def model_details(rows: list[Row]) -> str:
             r["provider"],
             f"{r['median_us'] / 1e3:.1f}",
             f"{r['p20_us'] / 1e3:.1f} to {r['p80_us'] / 1e3:.1f}",
-            ratio(r, eager),
-            ratio(r, compiled),
+            ratio(r, "bf16"),
+            ratio(r, "bf16 compiled"),
             share(r),
             f"{r['first_step_s']:.1f}",
             f"{r['quantize_s']:.1f}",

@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 
 from benchmarks.families import MODELS
-from benchmarks.report import Row, ratio, read, references, table
+from benchmarks.report import Row, ratio, read, table
 from orbitdit import OrbitQuantConfig, plan
 from orbitdit.shapes.prompts import CATEGORIES
 
@@ -79,7 +79,7 @@ def measured(suite: str) -> dict[tuple[str, str], Row]:
 def gain(found: dict[tuple[str, str], Row], case: str, provider: str, reference: str) -> str:
     """How many times faster than the reference, "-" where one of them was not measured."""
     row = found.get((case, provider))
-    return ratio(row, references(list(found.values()), reference)) if row else "-"
+    return ratio(row, reference) if row else "-"
 
 
 def speed() -> str:

@@ -1,4 +1,4 @@
-"""Tiny random models of the four families, with inputs for one forward pass."""
+"""Tiny random models of the four families and SD3, with inputs for one forward pass."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -114,5 +114,29 @@ FAMILIES = {
             "timestep": torch.tensor([500]),
         },
         (12, 4, 5),
+    ),
+    "sd3": Family(
+        diffusers.SD3Transformer2DModel,
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 3,
+            "joint_attention_dim": 24,
+            "caption_projection_dim": 48,
+            "pooled_projection_dim": 32,
+            "pos_embed_max_size": 4,
+            "dual_attention_layers": (0,),
+            "qk_norm": "rms_norm",
+        },
+        lambda: {
+            "hidden_states": (2, 4, 8, 8),
+            "encoder_hidden_states": (2, 5, 24),
+            "pooled_projections": (2, 32),
+            "timestep": torch.tensor([300.0, 800.0]),
+        },
+        (25, 4, 7),
     ),
 }

@@ -279,6 +279,7 @@ BAD = {
     "no folder": (["plan", "/no/such/folder"], "/no/such/folder"),
     "no folder of that name": (["quantize", "missing"], "missing"),
     "no folder to generate from": (["generate", "missing", "--prompt", "a circle"], "missing"),
+    "no figure": (["compare", "--figure", "none.png"], "none.png"),
     "no folder to compare": (["compare", "missing", "--prompt", "a circle"], "missing"),
     "empty folder": (["plan", "."], "config.json"),
     "a file": (["plan", "{models}/flux/config.json"], "config.json"),

@@ -77,7 +77,7 @@ def test_the_grid_has_a_row_for_each_prompt_and_a_column_for_each_model(compared
     with Image.open(compared / "grid.png") as grid:
         assert grid.width >= LABEL + 3 * (TILE + GAP)
         assert grid.height >= 6 * (TILE + GAP)
-    assert {p.name for p in compared.iterdir()} == {"grid.png", "results.json"}
+    assert {p.name for p in compared.iterdir()} == {"grid.png", "index.html", "results.json"}
 
 
 def test_right_and_wrong_are_marked_on_each_picture():

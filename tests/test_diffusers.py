@@ -248,6 +248,10 @@ PIPELINES = {
     "z-image": (diffusers.ZImagePipeline, ["vae", "text_encoder", "tokenizer"]),
     "wan": (diffusers.WanPipeline, ["vae", "text_encoder", "tokenizer"]),
     "cogvideox": (diffusers.CogVideoXPipeline, ["vae", "text_encoder", "tokenizer"]),
+    "sd3": (
+        diffusers.StableDiffusion3Pipeline,
+        ["vae", *(f"{part}{n}" for n in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))],
+    ),
 }
 
 

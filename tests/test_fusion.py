@@ -19,7 +19,13 @@ from orbitdit.linear import SharedInput
 from orbitdit.model import dequantize_, set_grid_
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
-FUSED_LAYERS = {"flux": {"layer_norm": 10, "gelu": 6}, "z-image": {}, "wan": {"gelu": 2}, "cogvideox": {"gelu": 2}}
+FUSED_LAYERS = {
+    "flux": {"layer_norm": 10, "gelu": 6},
+    "z-image": {},
+    "wan": {"gelu": 2},
+    "cogvideox": {"gelu": 2},
+    "sd3": {"gelu": 3},
+}
 """How often a forward pass of the small models computes something inside an encoding."""
 
 

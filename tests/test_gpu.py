@@ -23,7 +23,7 @@ DIMS = [1, 63, 137, 256, 1920, 3072, 3840, 12288]
 NARROW = [torch.bfloat16, torch.float16]
 BF16 = torch.bfloat16
 CUDA = torch.device("cuda", 0)
-ENCODINGS = {"flux": 20, "z-image": 16, "wan": 14, "cogvideox": 8}
+ENCODINGS = {"flux": 20, "z-image": 16, "wan": 14, "cogvideox": 8, "sd3": 15}
 
 
 def orbit(dim, rows, bits=(4, 4), dtype=BF16, bias=True):

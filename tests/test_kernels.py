@@ -14,6 +14,7 @@ from orbitdit.kernels import nvrtc, reference
 from orbitdit.kernels import rotate_encode as rotate_encode_cuda
 from orbitdit.kernels.rotate_encode import Tile
 from orbitdit.packing import PACKED_BITS, pack
+from orbitdit.quantize import weight_points_on
 
 DTYPES = [torch.bfloat16, torch.float16]
 GRIDS = ["e4m3", "int8"]
@@ -315,7 +316,7 @@ def test_decode_is_exact(rows, dim, bias, bits, grid):
     """Weights are decoded one after the other, and their biases collected."""
     _, packed, scales, biases = some_weights(rows, dim, bias, bits)
     expected, expected_scales = reference.decode(torch.cat(packed), torch.cat(scales), bits, dim, grid)
-    values, scale = decode_cuda.codebook(bits, 0, dim, grid)
+    values, scale = weight_points_on(dim, bits, 0, grid)
     table = torch.from_numpy(decode_cuda.table_of(values, bits, 0, 1, grid))
     for reverse in (False, True):
         found, row_scales, collected = decode(packed, scales, biases, table, scale, bits, dim, reverse=reverse)

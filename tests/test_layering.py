@@ -26,10 +26,10 @@ MAY_IMPORT = {
     "policy": "config errors packing",
     "quantize": "codebook config errors packing rotation trellis",
     "kernels.nvrtc": "errors",
-    "kernels.reference": "codebook packing quantize rotation tables trellis",
+    "kernels.reference": "codebook packing quantize rotation tables",
     "kernels.cpu": "codebook kernels.reference packing quantize rotation tables",
     "kernels.rotate_encode": "codebook errors kernels.nvrtc kernels.reference rotation",
-    "kernels.decode": "codebook errors kernels.nvrtc trellis",
+    "kernels.decode": "codebook errors kernels.nvrtc quantize",
     "kernels.matmul": "kernels.nvrtc",
     "kernels.viterbi": "errors kernels.nvrtc",
     "kernels.int4_linear": "kernels.nvrtc kernels.reference",
@@ -42,16 +42,18 @@ MAY_IMPORT = {
     "checkpoint": "errors",
     "integrations": "integrations.diffusers",
     "integrations.diffusers": f"{BASE} checkpoint",
-    "integrations.folders": f"{BASE} checkpoint shapes.pipeline",
+    "integrations.folders": f"{BASE} checkpoint shapes.pipeline shapes.worlds",
     "metrics": "",
     "shapes": "",
-    "shapes.prompts": "errors",
-    "shapes.scenes": "shapes.prompts",
-    "shapes.detector": "shapes.prompts",
-    "shapes.pipeline": "shapes.prompts shapes.scenes",
+    "shapes.worlds": "",
+    "shapes.prompts": "errors shapes.worlds",
+    "shapes.scenes": "shapes.prompts shapes.worlds",
+    "shapes.detector": "shapes.prompts shapes.worlds",
+    "shapes.pipeline": "errors shapes.prompts shapes.scenes shapes.worlds",
     "evaluate": "config errors integrations.folders metrics model policy shapes.detector shapes.prompts",
     "report": "errors evaluate policy",
-    "cli": "checkpoint config errors evaluate integrations.folders model report shapes shapes.prompts",
+    "page": "errors evaluate metrics policy report",
+    "cli": "checkpoint config errors evaluate integrations.folders model page report shapes shapes.prompts",
     "": "codebook config errors integrations linear model policy rotation",
 }
 """Module -> what it may import of the package; names are without "orbitdit.", which itself is the empty name."""
@@ -60,10 +62,21 @@ MAY_IMPORT_OUTSIDE = {
     "diffusers": {"integrations.diffusers", "integrations.folders", "shapes.pipeline", "cli"},
     "accelerate": {"integrations.folders"},
     "huggingface_hub": {"checkpoint"},
-    "PIL": {"report", "cli"},
+    "PIL": {"report", "page", "cli"},
     "typer": {"cli"},
 }
-NO_TORCH = {"", "errors", "config", "policy", "metrics", "integrations", "shapes", "shapes.prompts", "shapes.detector"}
+NO_TORCH = {
+    "",
+    "errors",
+    "config",
+    "policy",
+    "metrics",
+    "integrations",
+    "shapes",
+    "shapes.worlds",
+    "shapes.prompts",
+    "shapes.detector",
+}
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

@@ -29,6 +29,7 @@ LIMITS = {
     "z-image": {"w8a8": 0.05, "w4a4": 0.2, "w4a16": 0.15, "w2a4": 0.5},
     "wan": {"w8a8": 0.005, "w4a4": 0.05, "w4a16": 0.04, "w2a4": 0.17},
     "cogvideox": {"w8a8": 0.006, "w4a4": 0.04, "w4a16": 0.03, "w2a4": 0.11},
+    "sd3": {"w8a8": 0.01, "w4a4": 0.027, "w4a16": 0.02, "w2a4": 0.076},
 }
 """Relative errors of a forward pass: twice what was measured."""
 

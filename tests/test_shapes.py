@@ -20,32 +20,26 @@ from orbitdit.shapes.pipeline import (
     position_ids,
     unpatchify,
 )
-from orbitdit.shapes.prompts import (
-    CATEGORIES,
-    COLOURS,
-    MAX_WORDS,
-    PROMPTS,
-    SHAPES,
-    VOCABULARY,
-    benchmark,
-    find_prompt,
-    tokenize,
-)
-from orbitdit.shapes.scenes import GAP, SIZE, prompt_table, render, sample
+from orbitdit.shapes.prompts import CATEGORIES, MAX_WORDS, all_prompts, benchmark, find_prompt, tokenize, vocabulary
+from orbitdit.shapes.scenes import DISTANCES, GAP, SIZE, prompt_table, render, sample
+from orbitdit.shapes.worlds import GLYPHS, SHAPES, WORLDS
+
+every_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
 
-def scenes_for(prompts, seed=0):
-    return sample(prompt_table(prompts), torch.Generator().manual_seed(seed))
+def scenes_for(prompts, seed=0, world=SHAPES):
+    return sample(prompt_table(prompts, world=world), torch.Generator().manual_seed(seed), world)
 
 
 def pixels(pictures):
     return (pictures.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
 
 
-def test_the_world_has_the_promised_size():
-    assert len(SHAPES) >= 4
-    assert len(COLOURS) >= 7
-    assert Counter(p.category for p in PROMPTS) == {
+@every_world
+def test_a_world_has_the_promised_size(world):
+    prompts = all_prompts(world)
+    assert (len(world.shapes), len(world.colours)) == (4, 7)
+    assert Counter(p.category for p in prompts) == {
         "single": 4,
         "two": 12,
         "counting": 12,
@@ -53,33 +47,80 @@ def test_the_world_has_the_promised_size():
         "position": 48,
         "attribution": 504,
     }
-    assert len({p.text for p in PROMPTS}) == len(PROMPTS)
-    assert max(len(p.objects) for p in PROMPTS) == 4
+    assert len({p.text for p in prompts}) == len(prompts)
+    assert max(len(p.objects) for p in prompts) == len(world.largest) - 1
 
 
-def test_the_detector_agrees_with_ground_truth_on_every_scene():
-    prompts = benchmark(950, seed=7)
-    scenes, placed = scenes_for(prompts)
-    pictures = pixels(render(scenes))
+def test_a_prompt_belongs_to_one_world():
+    assert not set(all_prompts(SHAPES)) & set(all_prompts(GLYPHS))
+    text = "a navy ring and a black bowtie"
+    assert find_prompt(text) is find_prompt(text, GLYPHS)
+    assert find_prompt(text, GLYPHS).objects == (("ring", "navy"), ("bowtie", "black"))
+    assert find_prompt(text, SHAPES) is None
+    assert [p.text for p in benchmark(1, world=GLYPHS)][2] == "three bowties"
+    with pytest.raises(ValueError, match="unknown word 'ring'; known are: a above and below blue circle"):
+        tokenize("a ring", SHAPES)
+
+
+@pytest.mark.parametrize(("world", "each", "at_least"), [(SHAPES, 950, 5000), (GLYPHS, 300, 1600)], ids=WORLDS)
+def test_the_detector_agrees_with_ground_truth_on_every_scene(world, each, at_least):
+    prompts = benchmark(each, seed=7, world=world)
+    scenes, placed = scenes_for(prompts, world=world)
+    pictures = pixels(render(scenes, world))
+    shapes, colours = list(world.shapes), list(world.colours)
     judged = 0
     for i in placed.nonzero().flatten().tolist():
-        found = detect(pictures[i])
+        found = detect(pictures[i], world)
         number = int(scenes.number[i])
         names = zip(scenes.shape[i, :number].tolist(), scenes.colour[i, :number].tolist(), strict=True)
-        truth = Counter((SHAPES[s], list(COLOURS)[c]) for s, c in names)
+        truth = Counter((shapes[s], colours[c]) for s, c in names)
         assert Counter((d.shape, d.colour) for d in found) == truth, (i, prompts[i].text)
         assert keeps(prompts[i], found), (i, prompts[i].text)
         for d in found:
             offset = scenes.centre[i, :number] - torch.tensor([d.x, d.y])
             assert offset.abs().amax(-1).min() <= 1.5  # anti-aliasing takes the tip of a triangle
         judged += 1
-    assert judged >= 5000
+    assert judged >= at_least
 
 
-def test_objects_keep_apart_and_inside_and_take_their_relation():
-    prompts = [p for p in PROMPTS if p.category in ("counting", "position")] * 8
-    scenes, placed = scenes_for(prompts, seed=3)
-    table = prompt_table(prompts)
+@every_world
+def test_the_ground_is_told_from_every_colour(world):
+    """A picture without objects, at both ends of the ground's levels, with the strongest tint."""
+    scenes, _ = scenes_for(benchmark(1, world=world), world=world)
+    for level in world.ground:
+        for tint in (-0.05, 0.05):
+            ground = torch.full_like(scenes.background, level) + tint * torch.tensor([1.0, -1.0, 1.0])
+            empty = scenes._replace(number=torch.zeros_like(scenes.number), background=ground)
+            assert not any(detect(p, world) for p in pixels(render(empty, world)))
+
+
+def test_stripes_run_across_the_ground_and_a_ramp_does_not_return():
+    scenes, _ = scenes_for(benchmark(1))
+    turned = scenes._replace(number=torch.zeros_like(scenes.number), direction=torch.tensor([[1.0, 0.0]] * 6))
+    ramp, waves = (render(turned, world)[:, 0, 0] for world in (SHAPES, GLYPHS))
+    steps = ramp.diff(dim=-1).sign()
+    assert (steps == steps[:, :1]).all()
+    assert (torch.fft.rfft(waves).abs()[:, 1:].argmax(-1) + 1 == GLYPHS.stripes).all()
+
+
+@pytest.mark.parametrize("shape", DISTANCES)
+def test_the_distance_to_a_shape_never_grows_faster_than_the_way(shape):
+    """So an edge is anti-aliased over one pixel at least; and a shape fills its box, within it."""
+    axis = torch.arange(-12.0, 12.01, 0.25)
+    x, y = torch.meshgrid(axis, axis, indexing="xy")
+    distance = DISTANCES[shape](x, y, torch.tensor(8.0))
+    for dim in (0, 1):
+        assert distance.diff(dim=dim).abs().max() <= 0.25 + 1e-4
+    for side in (x, y):
+        assert side[distance <= 1e-4].min() == -8
+        assert side[distance <= 1e-4].max() == 8
+
+
+@every_world
+def test_objects_keep_apart_and_inside_and_take_their_relation(world):
+    prompts = [p for p in all_prompts(world) if p.category in ("counting", "position")] * 8
+    scenes, placed = scenes_for(prompts, seed=3, world=world)
+    table = prompt_table(prompts, world=world)
     for i in placed.nonzero().flatten().tolist():
         n = int(scenes.number[i])
         centre, radius = scenes.centre[i, :n], scenes.radius[i, :n]
@@ -170,8 +211,8 @@ def test_the_benchmark_is_fixed_and_balanced():
 
 def test_words_become_numbers_and_unknown_words_are_named():
     assert tokenize("") == [0] * MAX_WORDS
-    assert [VOCABULARY[i] for i in tokenize("A red  circle")[:3]] == ["a", "red", "circle"]
-    assert all(len(tokenize(p.text)) == MAX_WORDS for p in PROMPTS)
+    assert [vocabulary()[i] for i in tokenize("A red  circle")[:3]] == ["a", "red", "circle"]
+    assert all(len(tokenize(p.text)) == MAX_WORDS for p in all_prompts())
     with pytest.raises(ValueError, match="unknown word 'dog'"):
         tokenize("a red dog")
     with pytest.raises(ValueError, match="9 words"):

@@ -25,7 +25,7 @@ from orbitdit.model import (
     share_model_inputs,
 )
 
-ENCODINGS = {"flux": (34, 20), "z-image": (28, 16), "wan": (20, 14), "cogvideox": (12, 8)}
+ENCODINGS = {"flux": (34, 20), "z-image": (28, 16), "wan": (20, 14), "cogvideox": (12, 8), "sd3": (25, 15)}
 """Quantized layers of the tiny models, and encodings that one forward pass needs: counted by hand."""
 BF16 = torch.bfloat16
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -82,7 +82,7 @@ def test_compiled_blocks_encode_common_inputs_once(name):
         for block in blocks:
             block.compile(fullgraph=True, backend=backend)
     torch.testing.assert_close(family.run(model), expected, rtol=0, atol=0)
-    per_block = {"flux": {8, 2}, "z-image": {4}, "wan": {7}, "cogvideox": {4}}[name]
+    per_block = {"flux": {8, 2}, "z-image": {4}, "wan": {7}, "cogvideox": {4}, "sd3": {10, 5}}[name]
     assert set(graphs) - {0} == per_block
     assert nothing_is_held(model)
 

@@ -147,7 +147,7 @@ def compare(
     recipe: Recipe = None,
     prompt: Prompts = None,
     per_category: Annotated[
-        int, typer.Option(min=1, help="Without --prompt: prompts of each of the six categories (embedded model).")
+        int, typer.Option(min=1, help="Without --prompt: prompts of each of the six categories (models of a world).")
     ] = 4,
     seed: NoiseSeed = 0,
     rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
@@ -157,24 +157,37 @@ def compare(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
+    figure: Annotated[
+        list[Path] | None, typer.Option(help="A PNG or SVG file to show on the page. Repeatable.")
+    ] = None,
     device: On = Device.AUTO,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("comparison"),
 ) -> None:
-    """Generate the same prompts from the same noise at full precision and at each setting; grid, table, JSON."""
+    """Generate the same prompts from the same noise at full precision and at each setting; page, grid, table, JSON."""
     from orbitdit import evaluate
+    from orbitdit.integrations.folders import skeleton, transformers_in, world_of
+    from orbitdit.model import plan as plan_model
+    from orbitdit.page import comparison_page, read_figure
     from orbitdit.report import picture_grid, results_dict, results_table, write_json
 
+    figures = [read_figure(path) for path in figure or []]
     configs, where = [_config(b, rotation_seed, rule, recipe) for b in bits or ["w4a4", "w2a4"]], _device(device)
-    prompts = prompt or ([p.text for p in benchmark(per_category)] if model is None else [])
     options = _options(steps, guidance, height, width, frames)
     with new_folder(out) as scratch:
-        results = evaluate.compare(_find(model), configs, prompts, seed, where, **options)
+        folder = _find(model)
+        world = world_of(folder)
+        prompts = prompt or ([p.text for p in benchmark(per_category, world=world)] if world else [])
+        results = evaluate.compare(folder, configs, prompts, seed, where, **options)
         picture_grid(results, prompts).save(scratch / "grid.png", optimize=True)
         settings = {"model": model or "embedded", "device": where, "seed": seed, "rotation_seed": rotation_seed}
         settings |= {"recipe": recipe or "best", "rules": rule or [], **options}
-        write_json(results_dict(results, prompts, **settings), scratch / "results.json")
+        record = results_dict(results, prompts, **settings)
+        write_json(record, scratch / "results.json")
+        plans = [plan_model(skeleton(path), config) for config in configs for path in transformers_in(folder).values()]
+        page = comparison_page(results, prompts, plans, record, figures)
+        (scratch / "index.html").write_text(page, encoding="utf-8")
     Console().print(results_table(results, prompts))
-    print(f"pictures: {out / 'grid.png'}   figures: {out / 'results.json'}")
+    print(f"page: {out / 'index.html'}   pictures: {out / 'grid.png'}   figures: {out / 'results.json'}")
 
 
 def main() -> None:

@@ -126,9 +126,10 @@ def generate(
 
 def _judge(pipeline: Any, prompts: Sequence[str]):
     """A function from pictures to marks: right, wrong, or None where the world has no such prompt."""
-    known = [find_prompt(text) if hasattr(pipeline, "initial_noise") else None for text in prompts]
+    world: Any = getattr(pipeline, "world", None)
+    known = [None if world is None else find_prompt(text, world) for text in prompts]
 
     def judge(pictures: np.ndarray) -> list[bool | None]:
-        return [None if p is None else keeps(p, detect(x)) for p, x in zip(known, pictures, strict=True)]
+        return [None if p is None else keeps(p, detect(x, world)) for p, x in zip(known, pictures, strict=True)]
 
     return judge

@@ -49,6 +49,12 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
         ("transformer_blocks.*", "quantize", _BLOCK),
         ("*", "keep", _OUTSIDE),
     ),
+    "SD3Transformer2DModel": (
+        ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
+        ("transformer_blocks.*.norm1_context.linear", "int4", _MODULATION),
+        ("transformer_blocks.*", "quantize", _BLOCK),
+        ("*", "keep", _OUTSIDE),
+    ),
 }
 
 _SELF_ATTENTION = ("to_q", "to_k", "to_v")
@@ -67,6 +73,11 @@ SHARED_INPUTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("attn2.add_k_proj", "attn2.add_v_proj"),
     ),
     "CogVideoXTransformer3DModel": (tuple(f"attn1.{name}" for name in _SELF_ATTENTION),),
+    "SD3Transformer2DModel": (
+        tuple(f"attn.{name}" for name in _SELF_ATTENTION),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        tuple(f"attn2.{name}" for name in _SELF_ATTENTION),
+    ),
 }
 """Layers of a block that take the same tensor, by class; names that a block lacks are passed over."""
 

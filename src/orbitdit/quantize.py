@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from orbitdit import trellis
-from orbitdit.codebook import codebook_on, look_up, nearest
+from orbitdit.codebook import codebook_on, look_up, nearest, on_grid
 from orbitdit.config import SCALES
 from orbitdit.errors import ConfigError, TensorError
 from orbitdit.packing import GROUP, pack, packed_width, unpack
@@ -87,6 +87,15 @@ def weight_points(dim: int, bits: int, states: int, device: torch.device, dtype:
     if states:
         return trellis.table_on(bits, states, device, dtype), dim**-0.5
     return codebook_on(dim, bits, device, dtype).centroids, 1.0
+
+
+def weight_points_on(dim: int, bits: int, states: int, grid: str) -> tuple[Tensor, float]:
+    """`weight_points` on the number grid "e4m3" or "int8", fp64 on the CPU."""
+    if states:
+        values, unit = trellis.on_grid(bits, states, grid)
+        return values, unit * dim**-0.5
+    scalar = on_grid(dim, bits, grid, False)
+    return scalar.values, scalar.scale
 
 
 def indices(codes: Tensor, bits: int, states: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from orbitdit.checkpoint import PICKLES, check_folder, new_folder, read_json, stored_dtype
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError, ModelError, OrbitDiTError
+from orbitdit.shapes.worlds import SHAPES, WORLDS, World
 
 OWN_PIPELINES = {"ShapesPipeline": "orbitdit.shapes.pipeline"}
 """Pipelines that diffusers does not know: class -> module."""
@@ -83,6 +84,12 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeli
         raise CheckpointError(f"{folder}: the pipeline class {name!r} is unknown to diffusers {diffusers.__version__}")
     with _readable(folder):
         return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+
+
+def world_of(folder: Path) -> World | None:
+    """The world whose pictures the pipeline in `folder` draws, None for a model of anything else."""
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    return WORLDS.get(index.get("world", SHAPES.name)) if index.get("_class_name") == "ShapesPipeline" else None
 
 
 def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig) -> None:

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orbitdit import trellis
-from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
+from orbitdit.codebook import GRID_DTYPES, grid_bytes
 from orbitdit.errors import TensorError
 from orbitdit.kernels.nvrtc import kernel, processors, upload
+from orbitdit.quantize import weight_points_on
 
 CHUNK = 16
 """Codes that a thread turns at a time: rows must be multiples of it."""
@@ -119,19 +119,10 @@ def table_of(values: Tensor, bits: int, states: int, codes: int, grid: str) -> n
 def _kernel(bits: int, states: int, dim: int, grid: str, members: int, bias: bool, device: int):
     """The kernel, the addresses of its table, the factor of row scales, threads, and blocks that run at a time (None:
     all of them are launched)."""
-    values, scale = codebook(bits, states, dim, grid)
+    values, scale = weight_points_on(dim, bits, states, grid)
     constants = compile_options(bits, states, members, bias)
     built = kernel("decode.cu", "decode", tuple(constants.items()), "P" * 16 + "i" * 9 + "f", device)
     table = upload(table_of(values, bits, states, constants["CODES"], grid), device)
     threads = constants["THREADS"]
     resident = processors(device) * max(1, built.blocks_per_processor(threads, 0)) if states else None
     return built, table, scale, threads, resident
-
-
-def codebook(bits: int, states: int, dim: int, grid: str) -> tuple[Tensor, float]:
-    """Values on the grid, and what one of them stands for in a row of norm 1."""
-    if states:
-        values, scale = trellis.on_grid(bits, states, grid)
-        return values, scale / dim**0.5
-    scalar = on_grid(dim, bits, grid, False)
-    return scalar.values, scalar.scale

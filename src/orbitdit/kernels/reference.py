@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orbitdit import trellis
 from orbitdit.codebook import GRID_DTYPES, bins, codebook_on, look_up, nearest, nearest_by_bins, on_grid
 from orbitdit.packing import unpack
-from orbitdit.quantize import QuantizedWeight, dequantize_int4, indices, weight_points
+from orbitdit.quantize import QuantizedWeight, dequantize_int4, indices, weight_points, weight_points_on
 from orbitdit.rotation import rotation
 from orbitdit.tables import shared
 
@@ -73,12 +72,8 @@ def decode(codes: Tensor, scales: Tensor, bits: int, dim: int, grid: str, states
 
 @shared
 def grid_points(dim: int, bits: int, states: int, grid: str, device: torch.device) -> tuple[Tensor, float]:
-    """`weight_points` on a number grid."""
-    if states:
-        values, scale = trellis.on_grid(bits, states, grid)
-        scale = scale * dim**-0.5
-    else:
-        values, scale, _ = on_grid(dim, bits, grid, False)
+    """`weight_points_on` in the grid's dtype, on a device."""
+    values, scale = weight_points_on(dim, bits, states, grid)
     return values.float().to(GRID_DTYPES[grid]).to(device), scale
 
 

@@ -26,8 +26,9 @@
 // the MLP of a transformer block has it. 2, LayerNorm(x) * (1 + scale) + shift without other parameters, as AdaLN has
 // it; each row of scale and shift is for `batch_tokens` tokens. Both in fp32, rounded to 16 bits once.
 //
-// A block that takes one token at a time has two places for it: while one is worked on, the next is on its way to the
-// other, without registers. Two tokens do not lie in shared memory as they arrive, so their way is through registers.
+// A block that takes one short token at a time has two places for it: while one is worked on, the next is on its way to
+// the other, without registers (ASYNC). Two tokens do not lie in shared memory as they arrive, so their way is through
+// registers, and long ones would leave room for fewer blocks.
 //
 // Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS, SPLIT
 // (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), BUTTERFLIES, HALF (fp16, else bf16), MIN_BLOCKS (a processor, for
@@ -38,7 +39,7 @@
 #define VECTORS (DIM / 8)
 #define UNITS ((DIM + 256 * TILES - 1) / (256 * TILES))
 #define STEPS ((VECTORS + THREADS - 1) / THREADS)  // vectors of a token a thread
-#define ASYNC (TOKENS == 1)
+#define ASYNC (TOKENS == 1 && DIM <= 4096)
 #define STAGE_BYTES (TOKENS * (DIM + 8) * 2)
 #define STAGES_BYTES ((ASYNC ? 2 : 1) * STAGE_BYTES)
 #if BEFORE == 2

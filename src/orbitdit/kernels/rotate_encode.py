@@ -51,7 +51,7 @@ BEST_TILES = {
     8960: Tile(2, 1, 1, 7, 5),
     13824: Tile(2, 1, 2, 8, 2),
     15360: Tile(2, 1, 4, 8, 3),
-    20480: Tile(1, 4, 4, 4, 2, True, True),
+    20480: Tile(1, 4, 4, 8, 2, True, True),
 }
 """By width, where measurement on an H200 found something better, or shared memory is too small for the other."""
 MAX_DIM = 24064
@@ -185,9 +185,11 @@ def compile_options(dim: int, bits: int, half: bool, tile: Tile, before: str = "
 
 
 def shared_bytes(dim: int, tile: Tile) -> int:
-    """Dynamic shared memory: the staged tokens (the next one, too) and 8 channels of zeros, and what warps exchange."""
+    """Dynamic shared memory: the staged tokens (a short one and the next) with 8 channels of zeros, and what warps
+    exchange."""
     exchanged = tile.warps // tile.factor2 * tile.factor1 * tile.factor2 * tile.tokens * 512 if tile.split else 0
-    return 2 * max(2, tile.tokens) * (dim + 8) + exchanged
+    staged = 2 if tile.tokens == 1 and dim <= 4096 else tile.tokens
+    return 2 * staged * (dim + 8) + exchanged
 
 
 def scaling(dim: int, slope: float, tile: Tile) -> tuple[float, float]:

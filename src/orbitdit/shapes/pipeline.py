@@ -1,8 +1,8 @@
-"""The embedded model as an ordinary diffusers pipeline: words -> FLUX transformer -> 64x64 picture.
+"""A small model of a world as an ordinary diffusers pipeline: words -> transformer -> 64x64 picture.
 
-The transformer is diffusers' own `FluxTransformer2DModel`; only its surroundings are small. A 4x4 patch of
-pixels is one token (no VAE), and the text encoder is one trained table. Sampling is rectified flow with the
-Euler scheduler and classifier-free guidance, as in the large models.
+The transformer is diffusers' own, `FluxTransformer2DModel` in the embedded model or `SD3Transformer2DModel`; only
+its surroundings are small. A 4x4 patch of pixels is one token (no VAE), and the text encoder is one trained table.
+Sampling is rectified flow with the Euler scheduler and classifier-free guidance, as in the large models.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, ModelMixin
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    ModelMixin,
+    SD3Transformer2DModel,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from scipy.special import ndtri
 from torch import Tensor, nn
 
-from orbitdit.shapes.prompts import MAX_WORDS, VOCABULARY, tokenize
+from orbitdit.errors import CheckpointError
+from orbitdit.shapes.prompts import MAX_WORDS, tokenize, vocabulary
 from orbitdit.shapes.scenes import SIZE
+from orbitdit.shapes.worlds import SHAPES, WORLDS, World
 
 PATCH = 4
 GRID = SIZE // PATCH
@@ -32,7 +40,7 @@ class WordEncoder(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, words: int = len(VOCABULARY), places: int = MAX_WORDS, dim: int = 256):
+    def __init__(self, words: int = len(vocabulary(SHAPES)), places: int = MAX_WORDS, dim: int = 256):
         super().__init__()
         self.table = nn.Embedding(places * words, dim)
 
@@ -45,14 +53,24 @@ class WordEncoder(ModelMixin, ConfigMixin):
 
 def patchify(pictures: Tensor) -> Tensor:
     """Pictures (B, 3, 64, 64) in [0, 1] -> tokens (B, 256, 48) in [-1, 1], row by row."""
-    x = pictures.unflatten(2, (GRID, PATCH)).unflatten(4, (GRID, PATCH))
-    return (2 * x - 1).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return _tokens(2 * pictures - 1)
 
 
 def unpatchify(tokens: Tensor) -> Tensor:
     """Inverse of `patchify`, clamped to [0, 1]."""
+    return (_pictures(tokens) / 2 + 0.5).clamp(0, 1)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(B, 3, 64, 64) -> (B, 256, 48), values as they are."""
+    x = x.unflatten(2, (GRID, PATCH)).unflatten(4, (GRID, PATCH))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def _pictures(tokens: Tensor) -> Tensor:
+    """(B, 256, 48) -> (B, 3, 64, 64), values as they are."""
     x = tokens.unflatten(1, (GRID, GRID)).unflatten(3, (3, PATCH, PATCH))
-    return (x.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, SIZE, SIZE) / 2 + 0.5).clamp(0, 1)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, SIZE, SIZE)
 
 
 def position_ids(device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -75,20 +93,43 @@ def initial_noise(seeds: Sequence[int]) -> Tensor:
     return torch.from_numpy(ndtri(uniform).astype(np.float32)).reshape(len(seeds), *shape)
 
 
+def predict(
+    transformer: FluxTransformer2DModel | SD3Transformer2DModel, x: Tensor, sigma: Tensor, words: Tensor, pooled: Tensor
+) -> Tensor:
+    """The velocity (B, 256, 48) that `transformer` predicts for tokens `x` at noise levels `sigma` (B,) in [0, 1].
+
+    `words` and `pooled` are what `WordEncoder` gives. FLUX takes tokens and their rotary ids, SD3 whole pictures.
+    """
+    text = {"encoder_hidden_states": words, "pooled_projections": pooled, "return_dict": False}
+    if isinstance(transformer, SD3Transformer2DModel):
+        return _tokens(transformer(_pictures(x), timestep=1000 * sigma, **text)[0])
+    picture_ids, text_ids = position_ids(x.device)
+    return transformer(x, timestep=sigma, img_ids=picture_ids, txt_ids=text_ids, **text)[0]
+
+
 class ShapesPipeline(DiffusionPipeline):
-    """Pictures of coloured shapes from prompts; see `orbitdit.shapes.prompts` for the words it knows."""
+    """Pictures of a world (a name in `orbitdit.shapes.worlds.WORLDS`) from prompts of `orbitdit.shapes.prompts`."""
 
     model_cpu_offload_seq = "text_encoder->transformer"
     initial_noise = staticmethod(initial_noise)
 
     def __init__(
         self,
-        transformer: FluxTransformer2DModel,
+        transformer: FluxTransformer2DModel | SD3Transformer2DModel,
         text_encoder: WordEncoder,
         scheduler: FlowMatchEulerDiscreteScheduler,
+        world: str = SHAPES.name,
     ):
         super().__init__()
+        if world not in WORLDS:
+            raise CheckpointError(f"world {world!r} is unknown to this version of orbitdit: it has {', '.join(WORLDS)}")
         self.register_modules(transformer=transformer, text_encoder=text_encoder, scheduler=scheduler)
+        self.register_to_config(world=world)
+
+    @property
+    def world(self) -> World:
+        """The world that the pictures show."""
+        return WORLDS[self.config.world]
 
     @torch.no_grad()
     def __call__(
@@ -118,23 +159,16 @@ class ShapesPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.transformer.dtype
         guided = guidance_scale != 1.0
         texts = prompts + [""] * len(prompts) * guided
-        tokens = torch.tensor([tokenize(text) for text in texts], device=device)
+        tokens = torch.tensor([tokenize(text, self.world) for text in texts], device=device)
         words, pooled = (e.to(dtype) for e in self.text_encoder(tokens))
-        picture_ids, text_ids = position_ids(device)
         self.scheduler.set_timesteps(
             sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), device=device
         )
         x = latents.to(device, torch.float32)
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            velocity = self.transformer(
-                hidden_states=torch.cat([x, x] if guided else [x]).to(dtype),
-                encoder_hidden_states=words,
-                pooled_projections=pooled,
-                timestep=(timestep / 1000).expand(len(texts)).to(dtype),
-                img_ids=picture_ids,
-                txt_ids=text_ids,
-                return_dict=False,
-            )[0].float()
+            sigma = (timestep / 1000).expand(len(texts))
+            tokens = torch.cat([x, x] if guided else [x]).to(dtype)
+            velocity = predict(self.transformer, tokens, sigma, words, pooled).float()
             if guided:
                 with_prompt, without = velocity.chunk(2)
                 velocity = without + guidance_scale * (with_prompt - without)

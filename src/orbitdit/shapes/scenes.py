@@ -1,17 +1,18 @@
 """Scenes that keep a prompt, drawn in batches on any device: where the training data comes from.
 
 A scene is a handful of numbers per object (shape, colour, centre, radius) and a background that runs
-linearly between two dim, nearly grey colours. `sample` fills in what a prompt leaves open; `render` draws
+between two nearly grey colours. `sample` fills in what a prompt leaves open; `render` draws
 with one signed distance per shape, anti-aliased over one pixel. Objects keep at least GAP pixels apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from orbitdit.shapes.prompts import COLOURS, RELATIONS, SHAPES, Prompt
+from orbitdit.shapes.prompts import RELATIONS, Prompt
+from orbitdit.shapes.worlds import SHAPES, World
 
 SIZE = 64
 MAX_OBJECTS = 4
@@ -42,20 +43,20 @@ class Scenes(NamedTuple):
     direction: Tensor
 
 
-def prompt_table(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> PromptTable:
-    """The prompts' objects as tensors on `device`; unused object slots hold shape 0, colour -1."""
-    colours = list(COLOURS)
-    pad = [(SHAPES[0], None)] * MAX_OBJECTS
+def prompt_table(prompts: Sequence[Prompt], device: str | torch.device = "cpu", world: World = SHAPES) -> PromptTable:
+    """The objects of prompts of `world` as tensors on `device`; unused object slots hold shape 0, colour -1."""
+    shapes, colours = list(world.shapes), list(world.colours)
+    pad = [(shapes[0], None)] * MAX_OBJECTS
     rows = [(list(p.objects) + pad)[:MAX_OBJECTS] for p in prompts]
-    shape = [[SHAPES.index(s) for s, _ in row] for row in rows]
+    shape = [[shapes.index(s) for s, _ in row] for row in rows]
     colour = [[-1 if c is None else colours.index(c) for _, c in row] for row in rows]
     relation = [RELATIONS[p.relation] if p.relation else (0, 0) for p in prompts]
     columns = ([len(p.objects) for p in prompts], shape, colour, relation)
     return PromptTable(*(torch.tensor(column, device=device) for column in columns))
 
 
-def sample(table: PromptTable, generator: torch.Generator) -> tuple[Scenes, Tensor]:
-    """One scene for each row of `table`, and a (B,) mask of the scenes in which every object found its place.
+def sample(table: PromptTable, generator: torch.Generator, world: World = SHAPES) -> tuple[Scenes, Tensor]:
+    """One scene of `world` for each row of `table`, and a (B,) mask of those in which every object found its place.
 
     Objects are placed one after another at the first of TRIES random places that keeps clear of the earlier
     ones and, for the second object, keeps the relation (within 45 degrees of its axis).
@@ -66,10 +67,10 @@ def sample(table: PromptTable, generator: torch.Generator) -> tuple[Scenes, Tens
     def uniform(*shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device)
 
-    open_colour = (uniform(MAX_OBJECTS) * len(COLOURS)).long()
+    open_colour = (uniform(MAX_OBJECTS) * len(world.colours)).long()
     colour = torch.where(table.colour < 0, open_colour, table.colour)
-    largest = torch.tensor([14.0, 14.0, 12.0, 10.5, 9.5], device=device)[table.number]
-    radius = 6.5 + (largest[:, None] - 6.5) * uniform(MAX_OBJECTS)
+    largest = torch.tensor(world.largest, device=device)[table.number]
+    radius = world.smallest + (largest[:, None] - world.smallest) * uniform(MAX_OBJECTS)
     centre = torch.full((n, MAX_OBJECTS, 2), -100.0, device=device)
     placed = torch.ones(n, dtype=torch.bool, device=device)
     for i in range(MAX_OBJECTS):
@@ -87,25 +88,28 @@ def sample(table: PromptTable, generator: torch.Generator) -> tuple[Scenes, Tens
         used = i < table.number
         placed &= fits.any(1) | ~used
         centre[:, i] = torch.where(used[:, None], places[torch.arange(n, device=device), first], centre[:, i])
-    level = 0.10 + 0.28 * uniform(2, 1)
+    low, high = world.ground
+    level = low + (high - low) * uniform(2, 1)
     background = level + 0.10 * (uniform(2, 3) - 0.5)
     angle = 2 * torch.pi * uniform()
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     return Scenes(table.number, table.shape, colour, centre, radius, background, direction), placed
 
 
-def render(scenes: Scenes) -> Tensor:
-    """Pictures (B, 3, 64, 64), fp32 RGB in [0, 1]."""
+def render(scenes: Scenes, world: World = SHAPES) -> Tensor:
+    """Pictures (B, 3, 64, 64) of scenes of `world`, fp32 RGB in [0, 1]."""
     device = scenes.number.device
     axis = torch.arange(SIZE, device=device) + 0.5
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
-    ramp = ((grid / SIZE - 0.5) @ scenes.direction.T).permute(2, 0, 1)[:, None] + 0.5
+    along = ((grid / SIZE - 0.5) @ scenes.direction.T).permute(2, 0, 1)[:, None]
+    ramp = 0.5 + 0.5 * (2 * torch.pi * world.stripes * along).sin() if world.stripes else along + 0.5
     start, end = scenes.background[:, :, :, None, None].unbind(1)
     picture = start + (end - start) * ramp.clamp(0, 1)
-    palette = torch.tensor(list(COLOURS.values()), device=device)
+    palette = torch.tensor(list(world.colours.values()), device=device)
     for i in range(MAX_OBJECTS):
         radius = scenes.radius[:, i, None, None]
-        distance = _distances(grid - scenes.centre[:, None, None, i], radius)
+        x, y = (grid - scenes.centre[:, None, None, i]).unbind(-1)
+        distance = torch.stack([DISTANCES[shape](x, y, radius) for shape in world.shapes], 1)
         chosen = scenes.shape[:, i, None, None, None].expand(-1, -1, SIZE, SIZE)
         coverage = (0.5 - distance.gather(1, chosen)).clamp(0, 1)
         coverage = coverage * (i < scenes.number)[:, None, None, None]
@@ -113,12 +117,21 @@ def render(scenes: Scenes) -> Tensor:
     return picture
 
 
-def _distances(offset: Tensor, radius: Tensor) -> Tensor:
-    """Signed distances in pixels (B, len(SHAPES), 64, 64) to shapes of half-width `radius` at the origin."""
-    x, y = offset.abs()[..., 0], offset[..., 1]
-    circle = offset.norm(dim=-1) - radius
-    square = torch.maximum(x, y.abs()) - radius
-    triangle = torch.maximum((2 * x - y - radius) / 5**0.5, y - radius)
-    arm = 0.4 * radius
-    cross = torch.minimum(torch.maximum(x - radius, y.abs() - arm), torch.maximum(x - arm, y.abs() - radius))
-    return torch.stack([circle, square, triangle, cross], 1)
+def _cross(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    arm, x, y = 0.4 * radius, x.abs(), y.abs()
+    return torch.minimum(torch.maximum(x - radius, y - arm), torch.maximum(x - arm, y - radius))
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "circle": lambda x, y, radius: torch.hypot(x, y) - radius,
+    "square": lambda x, y, radius: torch.maximum(x.abs(), y.abs()) - radius,
+    "triangle": lambda x, y, radius: torch.maximum((2 * x.abs() - y - radius) / 5**0.5, y - radius),
+    "cross": _cross,
+    "ring": lambda x, y, radius: (torch.hypot(x, y) - 0.75 * radius).abs() - 0.25 * radius,
+    "diamond": lambda x, y, radius: (x.abs() + y.abs() - radius) / 2**0.5,
+    "bowtie": lambda x, y, radius: torch.maximum(
+        (y.abs() - 0.8 * x.abs() - 0.2 * radius) / 1.64**0.5, x.abs() - radius
+    ),
+    "frame": lambda x, y, radius: (torch.maximum(x.abs(), y.abs()) - 0.78 * radius).abs() - 0.22 * radius,
+}
+"""Shape -> signed distance in pixels, negative inside, from offsets to its centre (x right, y down) and half-width."""
