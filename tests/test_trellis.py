@@ -13,6 +13,7 @@ import oracle
 from orbitdit import CheckpointError, ConfigError, trellis
 from orbitdit.kernels import cpu, reference
 from orbitdit.packing import pack
+from training import train_trellis
 
 ALL = [(bits, states) for bits in (2, 3, 4) for states in (8, 10, 12)]
 GOLDEN = [[2, 3, 2, 2, 1, 2], [1, 0, 3, 0, 3, 2]]
@@ -161,6 +162,24 @@ def test_what_training_found():
     assert figures[3, 12]["mse"] <= 0.0187
     for bits in (2, 3, 4):
         assert figures[bits, 12]["mse"] < figures[bits, 10]["mse"] < figures[bits, 8]["mse"]
+
+
+def test_training_in_small(monkeypatch, capsys):
+    """A few rounds on few numbers: the error falls, and successors of a state start in different quarters."""
+    monkeypatch.setattr(train_trellis, "ROWS", 128)
+    monkeypatch.setattr(train_trellis, "FREE", 5)
+    monkeypatch.setattr(train_trellis, "ROUNDED", 3)
+    first = train_trellis.first_table(2, 8, np.random.default_rng(0))
+    assert sorted((first.reshape(4, 64) > 0).sum(0)) == [2] * 64
+    found = train_trellis.train(2, 8)
+    assert "8/8" in capsys.readouterr().err
+    table = train_trellis.to_points(found)
+    assert np.abs(table - found).max() <= 0.13
+    z = numbers(40, 256, seed=9)
+    before, after = (np.square(z - t[train_trellis.code(z, t, 2)]).mean() for t in (first, table))
+    assert 0.07 < after < 0.985 * before
+    assert np.isin(trellis.table(2, 8), train_trellis.POINTS).all()
+    assert np.array_equal(train_trellis.train(2, 8), found)
 
 
 def scalar_codebook(bits):
