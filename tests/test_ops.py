@@ -213,7 +213,7 @@ def test_devices_without_kernels_run_exactly_and_say_so_once(device, cuda, monke
         assert kernels.choose(None, torch.device(device), BF16) == EXACT
 
 
-@pytest.mark.parametrize("op", ["exact_linear", "int4_linear"])
+@pytest.mark.parametrize("op", ["exact_linear", "int4_linear", "viterbi"])
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU"])
 def test_the_ops_that_other_devices_need_are_there(op, key):
     name = f"orbitdit::{op}"

@@ -200,6 +200,8 @@ def test_a_damaged_file_of_tables_is_refused(monkeypatch, tmp_path):
     good = trellis.FILE.read_bytes()
     damaged = tmp_path / "trellis.safetensors"
     monkeypatch.setattr(trellis, "FILE", damaged)
+    with pytest.raises(CheckpointError, match="missing"):
+        trellis._tables.__wrapped__()
     for data in (good[:-1], good[:-1] + bytes([good[-1] ^ 1]), b""):
         damaged.write_bytes(data)
         with pytest.raises(CheckpointError, match=r"trellis\.safetensors .*checksum.*install") as caught:

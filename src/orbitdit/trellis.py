@@ -162,7 +162,7 @@ def _trace(state: np.ndarray, wins: list[np.ndarray], bits: int, groups: int) ->
 @shared
 def _tables() -> dict[str, Tensor]:
     """All tables, int8, in units of `UNIT`."""
-    data = FILE.read_bytes()
+    data = FILE.read_bytes() if FILE.is_file() else b""
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise CheckpointError(f"{FILE} is damaged, its checksum is off: install orbitdit again")
+        raise CheckpointError(f"{FILE} is missing or damaged, its checksum is off: install orbitdit again")
     return safetensors.torch.load(data)

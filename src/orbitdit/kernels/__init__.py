@@ -332,11 +332,22 @@ def _exact(x, codes, scales, bias, weight_bits, activation_bits, seed, states=0)
     return reference.exact_linear(x, codes, scales, bias, weight_bits, activation_bits, _seed(seed), states)
 
 
+def _viterbi_on_cuda(z, points, bits):
+    has_kernels = device_grids(z.device) != ("exact",)
+    return (viterbi_cuda.encode if has_kernels else _viterbi_elsewhere)(z, points, bits)
+
+
+def _viterbi_elsewhere(z, points, bits):
+    """On the CPU, for devices without the kernel."""
+    return trellis.viterbi(z.cpu(), points.cpu(), bits).to(z.device)
+
+
 _define(
     "viterbi(Tensor z, Tensor points, int bits) -> Tensor",
     trellis.viterbi,
-    viterbi_cuda.encode,
+    _viterbi_on_cuda,
     lambda z, points, bits: z.new_empty(z.shape, dtype=torch.uint8),
+    _viterbi_elsewhere,
 )
 _define(
     "rotate_encode(Tensor x, int bits, int seed, int grid) -> (Tensor, Tensor)",
