@@ -34,9 +34,9 @@ class Provider:
     stored: str | None = None
 
 
-def ours(weight: int, activation: int, grid: str = "e4m3", resident: bool = False) -> Provider:
+def ours(weight: int, activation: int, grid: str = "e4m3", resident: bool = False, states: int = 0) -> Provider:
     return Provider(
-        lambda linears: our_layers(linears, weight, activation, grid, resident),
+        lambda linears: our_layers(linears, weight, activation, grid, resident, states),
         str(weight),
         str(activation),
         "int8" if grid == "auto" else grid,
@@ -44,8 +44,10 @@ def ours(weight: int, activation: int, grid: str = "e4m3", resident: bool = Fals
     )
 
 
-def our_layers(linears: list[nn.Linear], weight: int, activation: int, grid: str, resident: bool) -> Forward:
-    layers = [OrbitLinear.from_linear(linear, weight, activation) for linear in linears]
+def our_layers(
+    linears: list[nn.Linear], weight: int, activation: int, grid: str, resident: bool, states: int
+) -> Forward:
+    layers = [OrbitLinear.from_linear(linear, weight, activation, states=states) for linear in linears]
     for layer in layers:
         orbitdit.set_grid_(layer, grid, resident=resident)
     if len(layers) > 1:
@@ -67,6 +69,8 @@ PROVIDERS = {
     "W2A4": ours(2, 4, "e4m3"),
     "W2A3": ours(2, 3, "e4m3"),
     "W4A6": ours(4, 6, "e4m3"),
+    "W2A4 trellis": ours(2, 4, "e4m3", states=12),
+    "W3A3 trellis": ours(3, 3, "e4m3", states=12),
     "W4A4 int8": ours(4, 4, "int8"),
     "W4A4 resident": ours(4, 4, "e4m3", resident=True),
     "orbitquant W4A4": Provider(lambda linears: peers.orbitquant(linears, "w4a4"), "4", "4", "int8"),

@@ -17,6 +17,7 @@ from benchmarks.families import MODELS
 from benchmarks.report import Row, ratio, read, table
 from orbitdit import OrbitQuantConfig, plan
 from orbitdit.shapes.prompts import CATEGORIES
+from scripts.quality_page import readme_table
 
 ROOT = Path(__file__).parent.parent
 GPU = "NVIDIA H200"
@@ -52,22 +53,6 @@ def demo() -> str:
         ["generation, seconds", *(f"{r['seconds']:.0f}" for r in columns)],
     ]
     return table([f"{len(results['prompts'])} prompts", *(r["label"] for r in columns)], rows)
-
-
-def quality() -> str:
-    """Scores over the full benchmark, mean and standard deviation over the rotation seeds."""
-    runs = [json.loads(p.read_text())["results"] for p in sorted((ROOT / "docs/quality").glob("seed*.json"))]
-    rows = []
-    for settings in zip(*runs, strict=True):
-        scores = [[s["scores"][c] for s in settings] for c in (*CATEGORIES, "overall")]
-        cells = [f"{sum(values) / len(values):.3f}" for values in scores]
-        mean = sum(scores[-1]) / len(runs)
-        spread = (sum((v - mean) ** 2 for v in scores[-1]) / max(1, len(runs) - 1)) ** 0.5
-        cells[-1] += f" ± {spread:.3f}" if settings[0]["psnr_db"] is not None else ""
-        distances = [s["psnr_db"] for s in settings if s["psnr_db"] is not None]
-        cells.append(f"{sum(distances) / len(distances):.1f}" if distances else "-")
-        rows.append([settings[0]["label"], *cells])
-    return table(["", *CATEGORIES, "overall", "PSNR, dB"], rows)
 
 
 def measured(suite: str) -> dict[tuple[str, str], Row]:
@@ -117,7 +102,7 @@ def layers() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "demo": demo,
-    "quality": quality,
+    "quality": readme_table,
     "speed": speed,
     "layers": layers,
 }

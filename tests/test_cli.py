@@ -322,7 +322,7 @@ COMMANDS = typer.main.get_command(cli.app).commands
 
 
 def test_commands_and_help(run):
-    assert list(COMMANDS) == ["plan", "quantize", "generate", "compare"]
+    assert list(COMMANDS) == ["plan", "quantize", "generate", "compare", "evaluate"]
     for name, command in COMMANDS.items():
         code, out, err = run(name, "--help")
         assert (code, err) == (0, "")

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "integrations.diffusers": f"{BASE} checkpoint",
     "integrations.folders": f"{BASE} checkpoint shapes.pipeline shapes.worlds",
     "metrics": "",
+    "lines": "errors",
     "shapes": "",
     "shapes.worlds": "",
     "shapes.prompts": "errors shapes.worlds",
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     "evaluate": "config errors integrations.folders metrics model policy shapes.detector shapes.prompts",
     "report": "errors evaluate policy",
     "page": "errors evaluate metrics policy report",
-    "cli": "checkpoint config errors evaluate integrations.folders model page report shapes shapes.prompts",
+    "cli": "checkpoint config errors evaluate integrations.folders lines model page report shapes shapes.prompts",
     "": "codebook config errors integrations linear model policy rotation",
 }
 """Module -> what it may import of the package; names are without "orbitdit.", which itself is the empty name."""
@@ -68,9 +69,9 @@ MAY_IMPORT_OUTSIDE = {
 NO_TORCH = {
     "",
     "errors",
+    "lines",
     "config",
     "policy",
-    "metrics",
     "integrations",
     "shapes",
     "shapes.worlds",

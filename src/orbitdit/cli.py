@@ -190,6 +190,64 @@ def compare(
     print(f"page: {out / 'index.html'}   pictures: {out / 'grid.png'}   figures: {out / 'results.json'}")
 
 
+@app.command()
+def evaluate(
+    model: Model = None,
+    bits: Annotated[list[str] | None, typer.Option(help="A setting to measure. Repeatable; the paper's five.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="A recipe to measure: best or paper. Repeatable; best.")
+    ] = None,
+    rotation_seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of the rotations. Repeatable; 0, 1 and 2.")
+    ] = None,
+    rule: Rules = None,
+    prompt: Prompts = None,
+    per_category: Annotated[
+        int, typer.Option(min=1, help="Without --prompt: prompts of each of the six categories (models of a world).")
+    ] = 200,
+    seed: NoiseSeed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    device: On = Device.AUTO,
+    out: Annotated[
+        Path,
+        typer.Option(help="JSON lines, added to as they are measured; what is there already is not measured again."),
+    ] = Path("evaluation.jsonl"),
+) -> None:
+    """Measure scores, PSNR and SSIM at each setting and rotation seed on the fixed benchmark; JSON lines, resumable."""
+    from orbitdit import evaluate
+    from orbitdit.integrations.folders import world_of
+    from orbitdit.lines import append_line, resume_lines
+    from orbitdit.report import environment, figures
+
+    settings = [(b, r) for b in bits or ["w4a6", "w4a4", "w3a3", "w2a4", "w2a3"] for r in recipe or ["best"]]
+    configs = [_config(b, s, rule, r) for s in rotation_seed or [0, 1, 2] for b, r in settings]
+    folder, where, options = _find(model), _device(device), _options(steps, guidance, None, None, None)
+    world = world_of(folder)
+    prompts = prompt or ([p.text for p in benchmark(per_category, world=world)] if world else [])
+    asked = prompt or f"benchmark({per_category})"
+    run = {"model": model or "embedded", "prompts": asked, "seed": seed, **options}
+    rows, repaired = resume_lines(out)
+    if repaired:
+        print(f"orbitdit: {repaired}", file=sys.stderr)
+    there = [(row.get("settings"), row.get("config")) for row in rows]
+    todo = [c for c in configs if (run, c.to_dict()) not in there]
+    print(f"{len(configs) - len(todo)} of {len(configs)} are in {out} already", flush=True)
+    if not todo:
+        return
+    measured = evaluate.results(folder, todo, prompts, seed, where, **options)
+    for config, result in zip([None, *todo], measured, strict=True):
+        line = figures(result, prompts) | {"config": config and config.to_dict(), "settings": run}
+        line["environment"] = environment()
+        if config is not None or (run, None) not in there:
+            append_line(out, line)
+        score = f"{result.scores(prompts).get('overall', float('nan')):.3f}"
+        print(
+            f"{result.label}, rotation seed {config.seed if config else '-'}: {score}, {result.seconds:.1f} s",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Run the command line; every error is one line on standard error."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed

@@ -7,7 +7,7 @@ those of other models are compared with full precision by PSNR alone.
 import gc
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import ConfigError
 from orbitdit.integrations.folders import load_model, load_pipeline, skeleton, transformers_in
-from orbitdit.metrics import psnr
+from orbitdit.metrics import WINDOW, psnr, ssim
 from orbitdit.model import plan
 from orbitdit.policy import effective_bits
 from orbitdit.shapes.detector import detect, keeps
@@ -33,7 +33,7 @@ class Result(NamedTuple):
 
     `right` is None where a picture cannot be judged. `layer_bytes` are those of all layers that the plan
     changes, counted in bf16 for full precision; `effective_bits` the stored bits (codes and scales) per quantized
-    weight; `psnr` in dB to full precision (None for itself); `seconds` of generation alone.
+    weight; `psnr` in dB and `ssim` to full precision (None for itself); `seconds` of generation alone.
     """
 
     label: str
@@ -43,16 +43,22 @@ class Result(NamedTuple):
     effective_bits: float
     psnr: float | None
     seconds: float
+    ssim: float | None = None
 
     def scores(self, prompts: Sequence[str]) -> dict[str, float]:
-        """Share of right pictures for each category that was judged, and "overall", their mean."""
-        categories = [getattr(find_prompt(text), "category", None) for text in prompts]
-        scores = {}
-        for category in CATEGORIES:
-            marks = [r for c, r in zip(categories, self.right, strict=True) if c == category and r is not None]
-            if marks:
-                scores[category] = sum(marks) / len(marks)
-        return {**scores, "overall": sum(scores.values()) / len(scores)} if scores else {}
+        """See `scores`."""
+        return scores(self.right, prompts)
+
+
+def scores(right: Sequence[bool | None], prompts: Sequence[str]) -> dict[str, float]:
+    """Share of right pictures for each category that was judged, and "overall", their mean; {} without any."""
+    categories = [getattr(find_prompt(text), "category", None) for text in prompts]
+    found = {}
+    for category in CATEGORIES:
+        marks = [r for c, r in zip(categories, right, strict=True) if c == category and r is not None]
+        if marks:
+            found[category] = sum(marks) / len(marks)
+    return {**found, "overall": sum(found.values()) / len(found)} if found else {}
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -70,7 +76,19 @@ def compare(
     device: str = "cpu",
     **options: Any,
 ) -> list[Result]:
-    """Full precision first, then each of `configs`; `options` go to the pipeline's call.
+    """`results` as a list."""
+    return list(results(folder, configs, prompts, seed, device, **options))
+
+
+def results(
+    folder: Path,
+    configs: Sequence[OrbitQuantConfig],
+    prompts: Sequence[str],
+    seed: int = 0,
+    device: str = "cpu",
+    **options: Any,
+) -> Iterator[Result]:
+    """Full precision first, then each of `configs`, as soon as it is measured; `options` go to the pipeline's call.
 
     Raises ConfigError without prompts, and errors as `load_model` and `orbitdit.plan` do.
     """
@@ -81,9 +99,10 @@ def compare(
     dtype = compute_dtype(device)
     pipeline = load_pipeline(folder, dtype).to(device)
     pictures, seconds = generate(pipeline, prompts, seed, FULL_PRECISION, **options)
-    judge = _judge(pipeline, prompts)
+    judge = judge_for(pipeline, prompts)
     before = sum(p.bytes_before for p in plans[0]) if plans else 0
-    results = [Result(FULL_PRECISION, pictures, judge(pictures), before, 16.0, None, seconds)]
+    full = pictures
+    yield Result(FULL_PRECISION, full, judge(full), before, 16.0, None, seconds)
     for config, parts in zip(configs, plans, strict=True):
         for name in components:
             pipeline.register_modules(**{name: None})
@@ -92,9 +111,8 @@ def compare(
             pipeline.register_modules(**{name: load_model(path, config, dtype).to(device)})
         pictures, seconds = generate(pipeline, prompts, seed, config.label, **options)
         size, bits = sum(p.bytes_after for p in parts), effective_bits(row for p in parts for row in p.layers)
-        distance = psnr(pictures, results[0].pictures)
-        results.append(Result(config.label, pictures, judge(pictures), size, bits, distance, seconds))
-    return results
+        distances = psnr(pictures, full), similarity(pictures, full, device)
+        yield Result(config.label, pictures, judge(pictures), size, bits, distances[0], seconds, distances[1])
 
 
 def generate(
@@ -124,7 +142,12 @@ def generate(
     return np.concatenate(pictures), time.perf_counter() - started
 
 
-def _judge(pipeline: Any, prompts: Sequence[str]):
+def similarity(pictures: np.ndarray, reference: np.ndarray, device: str = "cpu") -> float | None:
+    """`ssim`, or None for pictures that are smaller than its window."""
+    return ssim(pictures, reference, device) if min(pictures.shape[1:3]) >= WINDOW else None
+
+
+def judge_for(pipeline: Any, prompts: Sequence[str]) -> Callable[[np.ndarray], list[bool | None]]:
     """A function from pictures to marks: right, wrong, or None where the world has no such prompt."""
     world: Any = getattr(pipeline, "world", None)
     known = [None if world is None else find_prompt(text, world) for text in prompts]

@@ -84,19 +84,21 @@ def results_table(results: Sequence[Result], prompts: Sequence[str]) -> Table:
 
 def results_dict(results: Sequence[Result], prompts: Sequence[str], **settings: Any) -> dict[str, Any]:
     """Everything that was measured, with versions and settings, ready for JSON."""
-    rows = [
-        {
-            "label": r.label,
-            "scores": r.scores(prompts),
-            "psnr_db": r.psnr,
-            "layer_bytes": r.layer_bytes,
-            "effective_bits": r.effective_bits,
-            "seconds": round(r.seconds, 2),
-            "right": r.right,
-        }
-        for r in results
-    ]
+    rows = [{**figures(r, prompts), "right": r.right} for r in results]
     return {"environment": environment(), "settings": settings, "prompts": list(prompts), "results": rows}
+
+
+def figures(result: Result, prompts: Sequence[str]) -> dict[str, Any]:
+    """What was measured of one setting, ready for JSON."""
+    return {
+        "label": result.label,
+        "scores": result.scores(prompts),
+        "psnr_db": result.psnr,
+        "ssim": result.ssim,
+        "layer_bytes": result.layer_bytes,
+        "effective_bits": result.effective_bits,
+        "seconds": round(result.seconds, 2),
+    }
 
 
 def environment() -> dict[str, str]:
