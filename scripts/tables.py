@@ -86,17 +86,18 @@ def speed() -> str:
 
 def layers() -> str:
     """Single layers over bf16, ours and the best of the others."""
+    own = ("W4A4", "W2A4", "W2A4 trellis", "W4A6")
     found, others = measured("layers"), ("torchao float8", "orbitquant W4A4", "orbitquant W2A4", "comfy-kitchen W4A4")
     cases = [case for case in dict.fromkeys(case for case, _ in found) if case.startswith("layer ")]
     rows = [
         [
             case.removeprefix("layer "),
             f"{found[case, 'bf16']['median_us']:.0f}",
-            *(gain(found, case, provider, "bf16") for provider in ("W4A4", "W2A4", "W4A6", *others)),
+            *(gain(found, case, provider, "bf16") for provider in (*own, *others)),
         ]
         for case in sorted(cases, key=lambda c: [int(n) for n in re.findall("[0-9]+", c)])
     ]
-    return table([f"tokens, in to out, on {GPU}", "bf16, us", "W4A4", "W2A4", "W4A6", *others], rows)
+    return table([f"tokens, in to out, on {GPU}", "bf16, us", *own, *others], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
