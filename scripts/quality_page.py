@@ -186,14 +186,21 @@ def figure_name(model: str) -> str:
 def figure(rows: list[Row]) -> str:
     """An SVG: for each layer, in order, the range of its distances over steps and branches; below, medians by step."""
     layers = distinct((r["component"], r["layer"]) for r in rows)
-    top = max(v for r in rows for v in r["raw"] + r["rotated"])
+    medians = {
+        (branch, key): [median(column) for column in zip(*(r[key] for r in rows if r["branch"] == branch), strict=True)]
+        for branch in distinct(r["branch"] for r in rows)
+        for key in ("raw", "rotated")
+    }
+    highest = max(v for r in rows for v in r["raw"] + r["rotated"]), max(max(line) for line in medians.values())
+    steps_of = [next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if s == 0.2 or 5 * s >= high) for high in highest]
+    tops = [step * -(-high // step) for step, high in zip(steps_of, highest, strict=True)]
     width, height, left, gap = 900, 220, 46, 60
 
     def y(value: float, panel: int) -> float:
-        return round(30 + panel * (height + gap) + height * (1 - value / top), 1)
+        return round(30 + panel * (height + gap) + height * (1 - value / tops[panel]), 1)
 
     def axes(panel: int, label: str) -> list[str]:
-        ticks = [top * i / 4 for i in range(5)]
+        ticks = [i * steps_of[panel] for i in range(round(tops[panel] / steps_of[panel]) + 1)]
         found = [
             f'<path d="M{left} {y(t, panel)}H{width}" stroke="#dddddd"/>'
             f'<text x="{left - 6}" y="{y(t, panel) + 4}" text-anchor="end">{t:.2f}</text>'
@@ -211,15 +218,15 @@ def figure(rows: list[Row]) -> str:
             parts.append(f'<circle cx="{x}" cy="{middle}" r="2.4" fill="{colour}"/>')
     steps = len(rows[0]["raw"])
     parts += axes(1, "denoising steps, noise to picture: median over layers; dashed: without prompt")
+    across = [round(left + 6 + i * (width - left - 12) / max(1, steps - 1), 1) for i in range(steps)]
     for key, colour in (("raw", RAW), ("rotated", ROTATED)):
         for dash, branch in zip(("none", "5 4"), distinct(r["branch"] for r in rows), strict=False):
-            chosen = [r[key] for r in rows if r["branch"] == branch]
-            across = [round(left + 6 + i * (width - left - 12) / max(1, steps - 1), 1) for i in range(steps)]
-            points = [f"{x},{y(median(c[i] for c in chosen), 1)}" for i, x in enumerate(across)]
+            points = [f"{x},{y(value, 1)}" for x, value in zip(across, medians[branch, key], strict=True)]
             line = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
             parts.append(f'<polyline points="{" ".join(points)}" fill="none" {line}/>')
-    legend = f'<text x="{left}" y="16" fill="{RAW}">as they are</text>'
-    legend += f'<text x="{left + 90}" y="16" fill="{ROTATED}">rotated</text>'
+    legend = f'<text x="{left}" y="16">Kolmogorov-Smirnov distance of coordinates</text>'
+    legend += f'<text x="{left + 262}" y="16" fill="{RAW}">as they are</text>'
+    legend += f'<text x="{left + 346}" y="16" fill="{ROTATED}">rotated</text>'
     total = 2 * (height + gap) + 30
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 10} {total}" font-family="sans-serif" '
     head += f'font-size="12" fill="{INK}"><rect width="100%" height="100%" fill="white"/>'
