@@ -55,8 +55,9 @@ def _revive(base: Any) -> nn.Module:
 
 
 def _ready(x: Tensor, layers: Iterable[nn.Module]) -> bool:
-    """Whether kernels run all of `layers` on what is like `x`."""
-    if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+    """Whether kernels run all of `layers` on what is like `x`, and nobody asks for gradients: of `x`, of the text or of
+    the modulation, which kernels would cut off."""
+    if not x.is_cuda or torch.is_grad_enabled():
         return False
     for layer in layers:
         if type(layer) is not OrbitLinear or is_hooked(layer) or layer.grid_for(x) == EXACT:
