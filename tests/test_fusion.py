@@ -205,7 +205,11 @@ def test_gradients_of_text_and_modulation_take_the_original_path(part, wanted, u
     """Prompts that are learned: the picture's tokens need no gradient in the first block."""
     model = quantized("flux")
     block, width = getattr(model, part)[0], model.config.num_attention_heads * model.config.attention_head_dim
-    inputs = [torch.randn(1, 4, width).bfloat16(), torch.randn(1, 3, width).bfloat16(), torch.randn(1, width).bfloat16()]
+    inputs = [
+        torch.randn(1, 4, width).bfloat16(),
+        torch.randn(1, 3, width).bfloat16(),
+        torch.randn(1, width).bfloat16(),
+    ]
     inputs[wanted].requires_grad_()
     outputs = block(*inputs)
     assert not used

@@ -108,7 +108,7 @@ def results(
             pipeline.register_modules(**{name: None})
         gc.collect()
         for name, path in components.items():
-            pipeline.register_modules(**{name: load_model(path, config, dtype).to(device)})
+            pipeline.register_modules(**{name: load_model(path, config, dtype, device)})
         pictures, seconds = generate(pipeline, prompts, seed, config.label, **options)
         size, bits = sum(p.bytes_after for p in parts), effective_bits(row for p in parts for row in p.layers)
         distances = psnr(pictures, full), similarity(pictures, full, device)
