@@ -243,11 +243,11 @@ def evaluate(
         line["environment"] = environment()
         if config is not None or (run, None) not in there:
             append_line(out, line)
-        score = f"{result.scores(prompts).get('overall', float('nan')):.3f}"
-        print(
-            f"{result.label}, rotation seed {config.seed if config else '-'}: {score}, {result.seconds:.1f} s",
-            flush=True,
-        )
+        score, distance = result.scores(prompts).get("overall"), result.psnr
+        told = [] if score is None else [f"score {score:.3f}"]
+        told += [] if distance is None else [f"{distance:.1f} dB"]
+        told.append(f"{result.seconds:.1f} s")
+        print(f"{result.label}, rotation seed {config.seed if config else '-'}: {', '.join(told)}", flush=True)
 
 
 def main() -> None:
