@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from peft import LoraConfig
 from torch import nn
@@ -128,6 +129,20 @@ def test_classes_keep_their_names_and_can_be_copied_and_undone():
     dequantize_(model)
     assert type(model.transformer_blocks[0]) is FluxTransformerBlock
     assert not any(hasattr(m, "unfused") for m in model.modules())
+
+
+@pytest.mark.parametrize("removed", [True, False])
+@torch.no_grad()
+def test_blocks_with_hooks_of_accelerate_can_be_undone(removed):
+    family, model = FAMILIES["flux"], quantized("flux")
+    for block in model.transformer_blocks:
+        add_hook_to_module(block, ModelHook())
+        if removed:
+            remove_hook_from_module(block)
+    dequantize_(model)
+    plain = FAMILIES["flux"].build().bfloat16().eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(family.run(model), family.run(plain))
 
 
 def test_a_forward_pass_of_other_parameters_is_left_alone():

@@ -34,8 +34,12 @@ def unfuse_blocks(model: nn.Module) -> None:
     """Undo `fuse_blocks`."""
     for block in model.modules():
         base = getattr(type(block), "unfused", None)
-        if base is not None:
-            block.__class__ = base
+        if base is None:
+            continue
+        for name in ("forward", "_old_forward"):  # where accelerate's hooks leave a bound method behind
+            if getattr(block.__dict__.get(name), "__func__", None) is FUSED[base.__name__]:
+                setattr(block, name, base.forward.__get__(block))
+        block.__class__ = base
 
 
 @cache
