@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orbitdit.kernels import EXACT
-from orbitdit.kernels.reference import NORM_EPSILON
+from orbitdit.kernels.reference import NORM_EPSILONS
 from orbitdit.linear import OrbitLinear, SharedInput, is_hooked
 
 
@@ -65,7 +65,7 @@ def _ready(x: Tensor, layers: Iterable[nn.Module]) -> bool:
 
 
 def _plain_norm(norm: nn.Module) -> bool:
-    return type(norm) is nn.LayerNorm and not norm.elementwise_affine and norm.eps == NORM_EPSILON
+    return type(norm) is nn.LayerNorm and not norm.elementwise_affine and norm.eps == NORM_EPSILONS["layer_norm"]
 
 
 def _has_gelu(feed_forward: Any) -> bool:
