@@ -108,8 +108,9 @@ BEFORE = (
     ("layer_norm", 4608, 3072, 0),
     ("silu", 4096, 10240, 0),
     ("rms_norm", 4096, 3840, 0),
+    ("layer_norm", 32760, 5120, 0),
 )
-"""What precedes the encoding in FLUX's blocks and Z-Image's: tokens, width, and the channels before the activation."""
+"""What precedes the encoding in the blocks of FLUX, Z-Image and Wan: tokens, width, channels before the activation."""
 APART, TOGETHER = "apart", "in the encoding"
 
 

@@ -22,7 +22,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 FUSED_LAYERS = {
     "flux": {"layer_norm": 10, "gelu": 6},
     "z-image": {"rms_norm": 8, "silu": 4},
-    "wan": {"gelu": 2},
+    "wan": {"layer_norm": 4, "gelu": 2},
     "cogvideox": {"gelu": 2},
     "sd3": {"gelu": 3},
 }
@@ -193,6 +193,8 @@ def with_exact_layers(model):
         ("flux", with_exact_layers),
         ("z-image", with_adapter),
         ("z-image", with_exact_layers),
+        ("wan", with_adapter),
+        ("wan", with_exact_layers),
     ],
 )
 @pytest.mark.usefixtures("kernels_everywhere")
@@ -257,6 +259,29 @@ def test_blocks_of_z_image_leave_other_norms_to_diffusers(change, used):
     assert "rms_norm" not in used
     fusion.unfuse_blocks(block.feed_forward)
     assert relative(output, block.unfused_forward(*given)) <= 0.03
+
+
+def wan_inputs(count, modulation):
+    """What a block of the small Wan takes for a batch of 2."""
+    generator = torch.Generator().manual_seed(3)
+    x, text, temb = (torch.randn(size, generator=generator) for size in ((2, count, 48), (2, 6, 48), modulation))
+    return x.bfloat16(), text.bfloat16(), temb, None
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_wan_modulates_each_of_a_batch_by_its_own(used):
+    block, given = quantized("wan").blocks[0], wan_inputs(5, (2, 6, 48))
+    assert relative(block(*given), block.unfused_forward(*given)) <= 0.03
+    assert used == {"layer_norm": 2, "gelu": 2}
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_modulation_by_token_is_left_to_diffusers(used):
+    block, given = quantized("wan").blocks[0], wan_inputs(5, (2, 5, 6, 48))
+    assert torch.equal(block(*given), block.unfused_forward(*given))
+    assert "layer_norm" not in used
 
 
 def test_what_precedes_an_encoding_is_what_z_image_computes():

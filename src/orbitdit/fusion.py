@@ -69,8 +69,9 @@ def _ready(x: Tensor, layers: Iterable[nn.Module]) -> bool:
     return True
 
 
-def _plain_norm(norm: nn.Module) -> bool:
-    return type(norm) is nn.LayerNorm and not norm.elementwise_affine and norm.eps == NORM_EPSILONS["layer_norm"]
+def _plain_norm(norm: Any) -> bool:
+    known = type(norm) is nn.LayerNorm or type(norm).__name__ == "FP32LayerNorm"
+    return known and not norm.elementwise_affine and norm.eps == NORM_EPSILONS["layer_norm"]
 
 
 def _plain_rms_norm(norm: Any, dtype: torch.dtype) -> bool:
@@ -242,10 +243,31 @@ def z_image_block(
     return _add_gated(x, self.ffn_norm2(_gated_feed_forward(ff, x)), *parts[3:])
 
 
+def wan_block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+    """Wan's block: the two modulated norms and GELU inside an encoding. Scale and shift, which Wan has in fp32, are
+    rounded to the dtype of the tokens, as the tokens are themselves."""
+    attention, ff = self.attn1, self.ffn
+    members = attention.to_q, attention.to_k, attention.to_v
+    known = _known_attention(attention, "WanAttnProcessor") and _has_gelu(ff) and temb.ndim == 3
+    usual = known and _plain_norm(self.norm1) and _plain_norm(self.norm3)
+    ready = usual and _ready(hidden_states, (*members, ff.net[0].proj, ff.net[2]))
+    shared = _shared(members) if ready else None
+    if shared is None:
+        return self.unfused_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+    x, parts = hidden_states, self.scale_shift_table + temb.float()
+    gate, ff_gate = parts[:, 2:3], parts[:, 5:]
+    shift, scale, _, ff_shift, ff_scale, _ = parts.to(x.dtype).unbind(1)
+    shared.hold(x, "layer_norm", scale, shift)
+    x = (x.float() + attention(x, None, None, rotary_emb) * gate).type_as(x)
+    x = x + self.attn2(self.norm2(x.float()).type_as(x), encoder_hidden_states, None, None)
+    return (x.float() + _feed_forward(ff, x, "layer_norm", ff_scale, ff_shift).float() * ff_gate).type_as(x)
+
+
 FUSED: dict[str, tuple[Callable, ...]] = {
     "FeedForward": (feed_forward, gated_feed_forward),
     "FluxSingleTransformerBlock": (flux_single_block,),
     "FluxTransformerBlock": (flux_block,),
+    "WanTransformerBlock": (wan_block,),
     "ZImageTransformerBlock": (z_image_block,),
 }
 """Forward passes by the name of diffusers' class, told apart by their parameters."""
