@@ -330,9 +330,12 @@ def test_held_outputs_are_of_the_modulated_tokens():
 
 def test_the_norms_of_z_image_are_those_that_the_kernel_has():
     block = FAMILIES["z-image"].build().layers[0]
-    assert fusion._plain_rms_norm(block.attention_norm1, torch.float32)
-    assert fusion._plain_rms_norm(block.ffn_norm1, torch.float32)
-    assert not fusion._plain_rms_norm(nn.RMSNorm(8, eps=1e-6), torch.float32)
+    norm, x = block.attention_norm1, torch.ones(2, 96)
+    assert fusion._plain_rms_norm(norm, x)
+    assert fusion._plain_rms_norm(block.ffn_norm1, x)
+    assert not fusion._plain_rms_norm(nn.RMSNorm(96, eps=1e-6), x)
+    assert not fusion._plain_rms_norm(norm, x.half())
+    assert not fusion._plain_rms_norm(norm.to("meta"), x)  # its weight is elsewhere until it is called
 
 
 def test_the_norms_of_flux_are_those_that_the_kernel_has():

@@ -74,10 +74,11 @@ def _plain_norm(norm: Any) -> bool:
     return known and not norm.elementwise_affine and norm.eps == NORM_EPSILONS["layer_norm"]
 
 
-def _plain_rms_norm(norm: Any, dtype: torch.dtype) -> bool:
-    """Whether this is diffusers' RMSNorm with a weight in `dtype`, and no bias."""
+def _plain_rms_norm(norm: Any, x: Tensor) -> bool:
+    """Whether this is diffusers' RMSNorm without a bias, and its weight is like `x` and at hand."""
     known = type(norm).__name__ == "RMSNorm" and norm.weight is not None and getattr(norm, "bias", None) is None
-    return known and norm.weight.dtype == dtype and norm.eps == NORM_EPSILONS["rms_norm"]
+    alike = known and norm.weight.dtype == x.dtype and norm.weight.device == x.device
+    return alike and norm.eps == NORM_EPSILONS["rms_norm"]
 
 
 def _has_gelu(feed_forward: Any) -> bool:
@@ -228,7 +229,7 @@ def z_image_block(
     attention, ff, norms = self.attention, self.feed_forward, (self.attention_norm1, self.ffn_norm1)
     members, gated = (attention.to_q, attention.to_k, attention.to_v), (ff.w1, ff.w3)
     known = _known_attention(attention, "ZSingleStreamAttnProcessor") and _has_silu(ff)
-    known = known and all(_plain_rms_norm(norm, x.dtype) for norm in norms)
+    known = known and all(_plain_rms_norm(norm, x) for norm in norms)
     alike = noise_mask is None and (not self.modulation or (adaln_input is not None and adaln_input.dtype == x.dtype))
     ready = known and alike and _ready(x, (*members, *gated, ff.w2))
     shared, gated_shared = (_shared(members), _shared(gated)) if ready else (None, None)
