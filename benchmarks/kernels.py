@@ -102,8 +102,15 @@ class Encode:
         return Candidate(run, error, error_bound("bf16", str(ENCODE_BITS), 1.2), {"bytes": self.bytes})
 
 
-BEFORE = (("gelu", 4608, 15360, 3072), ("gelu", 4608, 12288, 0), ("layer_norm", 4608, 3072, 0))
-"""What precedes the encoding in FLUX's blocks: tokens, width, and the channels before the activation."""
+BEFORE = (
+    ("gelu", 4608, 15360, 3072),
+    ("gelu", 4608, 12288, 0),
+    ("layer_norm", 4608, 3072, 0),
+    ("silu", 4096, 10240, 0),
+    ("rms_norm", 4096, 3840, 0),
+    ("layer_norm", 32760, 5120, 0),
+)
+"""What precedes the encoding in the blocks of FLUX, Z-Image and Wan: tokens, width, channels before the activation."""
 APART, TOGETHER = "apart", "in the encoding"
 
 
@@ -121,32 +128,46 @@ class Before:
     def name(self) -> str:
         return f"{self.before.replace('_', ' ')} and encode {self.tokens}x{self.width}"
 
-    def open(self) -> Mapping[str, Callable[[], Candidate]]:
+    def drawn(self) -> tuple[Tensor, list[Tensor]]:
+        """Tokens and extras for `apply_before`."""
+
         def noise(*shape: int) -> Tensor:
             return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
 
-        inputs = [noise(self.tokens, self.width - self.first) for _ in range(INPUTS)]
-        gelu = [noise(self.tokens, self.first)] if self.first else []
-        extras = gelu if self.before == "gelu" else [noise(1, self.width) / 8, noise(1, self.width)]
+        if self.before == "silu":
+            x, gate = noise(self.tokens, 2 * self.width).chunk(2, dim=1)  # of one product
+            return x, [gate]
+        x = noise(self.tokens, self.width - self.first)
+        if self.before == "gelu":
+            return x, [noise(self.tokens, self.first)] if self.first else []
+        scale, other = noise(1, self.width) / 8, noise(1, self.width)
+        return x, [scale, other] if self.before == "layer_norm" else [other, scale]
+
+    def open(self) -> Mapping[str, Callable[[], Candidate]]:
+        inputs = [self.drawn() for _ in range(INPUTS)]
+        size = (5 if self.before == "silu" else 3) * self.tokens * self.width  # a gate is read too
         made = torch.compile(apply_before, fullgraph=True, dynamic=False)
 
         def apart(i: int) -> tuple[Tensor, Tensor]:
-            return torch.ops.orbitdit.rotate_encode(made(inputs[i], self.before, extras), ENCODE_BITS, 0, E4M3)
+            x, extras = inputs[i]
+            return torch.ops.orbitdit.rotate_encode(made(x, self.before, extras), ENCODE_BITS, 0, E4M3)
 
         def together(i: int) -> tuple[Tensor, Tensor]:
-            return rotate_encode(inputs[i], ENCODE_BITS, 0, "e4m3", before=self.before, extras=extras)
+            x, extras = inputs[i]
+            return rotate_encode(x, ENCODE_BITS, 0, "e4m3", before=self.before, extras=extras)
 
         def candidate(run: Callable[[int], tuple[Tensor, Tensor]]) -> Candidate:
             def error() -> float:
                 values, scales = run(0)
-                tokens = apply_before(inputs[0], self.before, extras)[:SAMPLE]
+                x, extras = inputs[0]
+                tokens = apply_before(x, self.before, extras)[:SAMPLE]
                 reference = rotation(self.width, 0).apply(tokens.float())
                 return relative_error(values_of(values[:SAMPLE], scales[:SAMPLE], "e4m3"), reference)
 
             bound = error_bound("bf16", str(ENCODE_BITS), 1.2)
-            return Candidate(run, error, bound, {"bytes": 3 * self.tokens * self.width})
+            return Candidate(run, error, bound, {"bytes": size})
 
-        copy = copy_of(3 * self.tokens * self.width, self.device)
+        copy = copy_of(size, self.device)
         return {"copy": copy, APART: lambda: candidate(apart), TOGETHER: lambda: candidate(together)}
 
 

@@ -33,6 +33,27 @@ def tokens_of_one_input(dim: int) -> Tensor:
     return x.bfloat16()
 
 
+def before_encoding(
+    before: str, count: int, dim: int, first: int = 0, batch: int = 1, dtype: torch.dtype = torch.bfloat16, device="cpu"
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Tokens and extras for `reference.apply_before`, as parts of wider rows where a model has them so.
+
+    A `batch` of 0 is for an RMSNorm without modulation.
+    """
+    if before == "silu":
+        merged = tokens(count, 2 * dim, dtype).to(device) / 4
+        return merged[:, :dim], (merged[:, dim:],)
+    if before == "gelu":
+        x = tokens(count, dim - first + 64, dtype).to(device) / 8
+        return x[:, 64:], (tokens(count, first, dtype, seed=3).to(device),) if first else ()
+    x, rows = tokens(count, dim, dtype).to(device), (0.5 * random(batch, 2 * dim, seed=7)).to(device, dtype)
+    scale, shift = rows[:, :dim], rows[:, dim:]
+    if before == "layer_norm":
+        return x, (scale, shift)
+    weight = (1 + random(1, dim, seed=9) / 4).to(device, dtype)
+    return x, (weight, scale) if batch else (weight,)
+
+
 def flips(encoded: tuple[Tensor, Tensor], x: Tensor, bits: int, grid: str, seed: int = 1) -> int:
     """How many values differ from the definition's, after checks that these are neighbours across a near boundary."""
     (values, scales), (expected, expected_scales) = encoded, reference.rotate_encode(x, bits, seed, grid)

@@ -172,7 +172,7 @@ def test_the_weights_of_flux_are_those_of_its_rotated_layers():
 
 def test_suites_have_the_cases_that_were_asked_for():
     names = [case.name for case in (*kernels.cases("cuda"), *layers.cases("cuda"))]
-    assert len(names) == len(set(names)) == 11 + 5 * 4 + 3 * 5 + 3 + 2 * 9 + 11 + 8
+    assert len(names) == len(set(names)) == 11 + 5 * 4 + 3 * 5 + 6 + 2 * 9 + 11 + 8
     assert next(case.name for case in layers.cases("cpu")) == "layer 1024, 3072 to 3072"
     assert "layer 4608, 3072 to 3x3072" in names
     assert families.MODELS[0].name == "FLUX.1-dev"

@@ -22,8 +22,8 @@ from orbitdit.model import dequantize_, set_grid_
 every_family = pytest.mark.parametrize("name", FAMILIES)
 FUSED_LAYERS = {
     "flux": {"layer_norm": 10, "gelu": 6},
-    "z-image": {},
-    "wan": {"gelu": 2},
+    "z-image": {"rms_norm": 8, "silu": 4},
+    "wan": {"layer_norm": 4, "gelu": 2},
     "cogvideox": {"gelu": 2},
     "sd3": {"gelu": 3},
 }
@@ -147,16 +147,39 @@ def test_blocks_with_hooks_of_accelerate_can_be_undone(removed):
 
 def test_a_forward_pass_of_other_parameters_is_left_alone():
     class FeedForward(nn.Module):
-        def forward(self, x):
-            return x
+        def forward(self, tokens):
+            return tokens
 
     model = nn.Sequential(FeedForward())
     fusion.fuse_blocks(model)
     assert type(model[0]) is FeedForward
 
 
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_a_feed_forward_with_another_activation_runs_as_it_was(used):
+    """It has the name, the layers and the parameters of Z-Image's."""
+
+    class FeedForward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w2, self.w3 = (
+                OrbitLinear.from_linear(nn.Linear(64, 64, bias=False).bfloat16(), 4, 4) for _ in range(3)
+            )
+
+        def forward(self, x):
+            return self.w2(nn.functional.gelu(self.w1(x)) * self.w3(x))
+
+    model = nn.Sequential(FeedForward())
+    x = torch.randn(3, 64).bfloat16()
+    expected = model(x)
+    fusion.fuse_blocks(model)
+    assert torch.equal(model(x), expected)
+    assert not used
+
+
 def with_adapter(model):
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "net.2", "proj_mlp"], init_lora_weights=False))
+    targets = ["to_q", "net.2", "proj_mlp", "w3"]
+    model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
 
 
 def with_other_processor(model):
@@ -177,11 +200,22 @@ def with_exact_layers(model):
     set_grid_(model, "exact")
 
 
-@pytest.mark.parametrize("change", [with_adapter, with_erf, with_exact_layers])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("flux", with_adapter),
+        ("flux", with_erf),
+        ("flux", with_exact_layers),
+        ("z-image", with_adapter),
+        ("z-image", with_exact_layers),
+        ("wan", with_adapter),
+        ("wan", with_exact_layers),
+    ],
+)
 @pytest.mark.usefixtures("kernels_everywhere")
 @torch.no_grad()
-def test_what_is_unusual_runs_as_it_was(change, used):
-    family, model = FAMILIES["flux"], quantized("flux")
+def test_what_is_unusual_runs_as_it_was(name, change, used):
+    family, model = FAMILIES[name], quantized(name)
     change(model)
     output = family.run(model)
     assert not used
@@ -198,6 +232,83 @@ def test_another_attention_processor_gets_normalized_tokens(used):
     assert used == {"gelu": 4}  # of the feed-forwards
     fusion.unfuse_blocks(model)
     assert relative(family.run(model), output) <= 0.03
+
+
+def z_image_inputs(count, dtype=torch.bfloat16):
+    """What a block of the small Z-Image takes for a batch of 2: tokens, no mask, no rotary embedding, modulation."""
+    generator = torch.Generator().manual_seed(2)
+    x, adaln = torch.randn(2, count, 96, generator=generator), torch.randn(2, 96, generator=generator)
+    return x.to(dtype), None, None, adaln.to(dtype)
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_z_image_modulates_each_of_a_batch_by_its_own(used):
+    block, given = quantized("z-image").layers[0], z_image_inputs(5)
+    assert relative(block(*given), block.unfused_forward(*given)) <= 0.03
+    assert used == {"rms_norm": 2, "silu": 2}  # the feed-forward's own is left
+
+
+def with_modulation_by_token(block, x, *others):
+    noisy = torch.arange(x.shape[1]).expand(2, -1) % 2
+    return x, None, None, None, noisy, others[-1], 2 * others[-1]
+
+
+def with_norms_of_another_epsilon(block, *given):
+    block.attention_norm1.eps = 1e-6
+    return given
+
+
+def with_weights_in_fp32(block, *given):
+    block.ffn_norm1.float()
+    return given
+
+
+@pytest.mark.parametrize("change", [with_modulation_by_token, with_norms_of_another_epsilon, with_weights_in_fp32])
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_blocks_of_z_image_leave_other_norms_to_diffusers(change, used):
+    block = quantized("z-image").layers[0]
+    given = change(block, *z_image_inputs(4))
+    output = block(*given)
+    assert "rms_norm" not in used
+    fusion.unfuse_blocks(block.feed_forward)
+    assert relative(output, block.unfused_forward(*given)) <= 0.03
+
+
+def wan_inputs(count, modulation):
+    """What a block of the small Wan takes for a batch of 2."""
+    generator = torch.Generator().manual_seed(3)
+    x, text, temb = (torch.randn(size, generator=generator) for size in ((2, count, 48), (2, 6, 48), modulation))
+    return x.bfloat16(), text.bfloat16(), temb, None
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_wan_modulates_each_of_a_batch_by_its_own(used):
+    block, given = quantized("wan").blocks[0], wan_inputs(5, (2, 6, 48))
+    assert relative(block(*given), block.unfused_forward(*given)) <= 0.03
+    assert used == {"layer_norm": 2, "gelu": 2}
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_modulation_by_token_is_left_to_diffusers(used):
+    block, given = quantized("wan").blocks[0], wan_inputs(5, (2, 5, 6, 48))
+    assert torch.equal(block(*given), block.unfused_forward(*given))
+    assert "layer_norm" not in used
+
+
+def test_what_precedes_an_encoding_is_what_z_image_computes():
+    block, (x, *_, scale) = FAMILIES["z-image"].build().layers[0], z_image_inputs(3, torch.float32)
+    torch.nn.init.normal_(block.attention_norm1.weight)
+    expected = block.attention_norm1(x) * (1 + scale[:, None])
+    found = reference.apply_before(x.view(6, 96), "rms_norm", (block.attention_norm1.weight[None], scale))
+    torch.testing.assert_close(found.view(2, 3, 96), expected)
+    found = reference.apply_before(x.view(6, 96), "rms_norm", (block.attention_norm1.weight[None],))
+    torch.testing.assert_close(found.view(2, 3, 96), block.attention_norm1(x))
+    found = reference.apply_before(x[0], "silu", (x[1],))
+    torch.testing.assert_close(found, block.feed_forward._forward_silu_gating(x[0], x[1]))
 
 
 @pytest.mark.usefixtures("kernels_everywhere")
@@ -254,6 +365,16 @@ def test_held_outputs_are_of_the_modulated_tokens():
     assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
     assert shared.held is None
     assert not torch.equal(layers[0](x), expected[0])
+
+
+def test_the_norms_of_z_image_are_those_that_the_kernel_has():
+    block = FAMILIES["z-image"].build().layers[0]
+    norm, x = block.attention_norm1, torch.ones(2, 96)
+    assert fusion._plain_rms_norm(norm, x)
+    assert fusion._plain_rms_norm(block.ffn_norm1, x)
+    assert not fusion._plain_rms_norm(nn.RMSNorm(96, eps=1e-6), x)
+    assert not fusion._plain_rms_norm(norm, x.half())
+    assert not fusion._plain_rms_norm(norm.to("meta"), x)  # its weight is elsewhere until it is called
 
 
 def test_the_norms_of_flux_are_those_that_the_kernel_has():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from encoding_checks import FLIPS, NORMS, flips, random, relative, same, tokens, tokens_of_one_input
+from encoding_checks import FLIPS, NORMS, before_encoding, flips, random, relative, same, tokens, tokens_of_one_input
 from orbitdit import kernels, trellis
 from orbitdit.codebook import on_grid
 from orbitdit.kernels import decode as decode_cuda
@@ -126,20 +126,18 @@ def test_no_tokens_and_views(grid):
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(
-    ("before", "dim", "first"),
+    ("before", "dim", "first", "batch"),
     [
-        *(("gelu", dim, 0) for dim in (64, 1536, 7680, 8960, 12288, 13824)),
-        ("gelu", 15360, 3072),
-        *(("layer_norm", dim, 0) for dim in (64, 1536, 1920, 3072, 5120)),
+        *(("gelu", dim, 0, 1) for dim in (64, 1536, 7680, 8960, 12288, 13824)),
+        ("gelu", 15360, 3072, 1),
+        *(("layer_norm", dim, 0, 3) for dim in (64, 1536, 1920, 3072, 5120)),
+        *(("silu", dim, 0, 1) for dim in (64, 1536, 1920, 3072, 10240)),
+        *(("rms_norm", dim, 0, 3) for dim in (64, 1536, 1920, 3072, 3840, 5120)),
+        ("rms_norm", 3840, 0, 0),
     ],
 )
-def test_what_comes_before_the_encoding(before, dim, first, dtype, grid):
-    count = 198
-    wide = tokens(count, dim - first + 64, dtype).to(CUDA) / (8 if before == "gelu" else 1)
-    x = wide[:, 64:] if before == "gelu" else wide[:, 64:].contiguous()  # rows may be part of wider ones
-    modulation = (0.5 * random(3, 2 * dim, seed=7)).to(CUDA, dtype).chunk(2, dim=1)
-    first_channels = [tokens(count, first, dtype, seed=3).to(CUDA)] if first else []
-    extras = modulation if before == "layer_norm" else first_channels
+def test_what_comes_before_the_encoding(before, dim, first, batch, dtype, grid):
+    x, extras = before_encoding(before, 198, dim, first, batch, dtype, CUDA)
     found = rotate_encode_cuda.rotate_encode(x, 4, 1, grid, before=before, extras=extras)
     expected = reference.rotate_encode(reference.apply_before(x, before, extras), 4, 1, grid)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=0)

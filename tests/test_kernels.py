@@ -8,7 +8,7 @@ import torch
 
 import oracle
 from cuda_emulator import launch
-from encoding_checks import FLIPS, NORMS, flips, random, tokens, tokens_of_one_input
+from encoding_checks import FLIPS, NORMS, before_encoding, flips, random, tokens, tokens_of_one_input
 from orbitdit import DependencyError, TensorError
 from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
 from orbitdit.kernels import decode as decode_cuda
@@ -25,14 +25,24 @@ POISON = {"e4m3": 0x7F, "int8": 0x80}
 """Bytes that are no level of a codebook."""
 
 
+def memory_of(x):
+    """All numbers from the first one of `x` (rows, columns) to the last, for rows that are part of wider ones."""
+    return x.as_strided(((len(x) - 1) * x.stride(0) + x.shape[1],), (1,))
+
+
 def rotate_encode(x, bits, grid, seed=1, tile=None, blocks=2, reverse=False, before="", extras=()):
     """Values and scales from the kernel, all of them written by it."""
     first = extras[0].shape[1] if before == "gelu" and extras else 0
     count, dim = x.shape[0], x.shape[1] + first
-    tile = tile or rotate_encode_cuda.tile_of(dim)
-    more = {"": [], "gelu": [extras[0] if first else x, first, dim - first]}
-    if before == "layer_norm":
-        more[before] = [*extras, dim, count // extras[0].shape[0], reference.NORM_EPSILON]
+    tile = tile or rotate_encode_cuda.tile_of(dim, before)
+    other = extras[0] if extras else x
+    rows, pitches = memory_of(other), (other.stride(0), x.stride(0))
+    more = {"": [], "gelu": [rows, *pitches], "silu": [rows, *pitches]}
+    if before in reference.NORM_EPSILONS:
+        scale, extra = extras if before == "layer_norm" else ([*extras, None][1], extras[0])
+        pitch, batch = (0, 1) if scale is None else (scale.stride(0), len(scale))
+        modulation = [None if t is None else memory_of(t) for t in (scale, extra)]
+        more[before] = [*modulation, pitch, count // batch, reference.NORM_EPSILONS[before]]
     bins, slope, scale = rotate_encode_cuda.bin_table(dim, bits, grid)
     gather = torch.from_numpy(rotate_encode_cuda.gather_table(dim, seed, tile.tokens).view(np.int16))
     values, scales = torch.full((count, dim), POISON[grid], dtype=torch.uint8), torch.full((count,), -7.0)
@@ -42,7 +52,7 @@ def rotate_encode(x, bits, grid, seed=1, tile=None, blocks=2, reverse=False, bef
         (min(blocks, max(1, -(-count // tile.tokens))), 1, 1),
         32 * tile.warps,
         rotate_encode_cuda.shared_bytes(dim, tile),
-        [x, gather, torch.from_numpy(bins), values, scales, count]
+        [memory_of(x), gather, torch.from_numpy(bins), values, scales, count]
         + [float(number) for number in (*rotate_encode_cuda.scaling(dim, slope, tile), scale)]
         + more[before],
         rotate_encode_cuda.compile_options(dim, bits, x.dtype == torch.float16, tile, before, first),
@@ -68,10 +78,6 @@ def test_both_dtypes_and_6_bits(dim, dtype):
         assert flips(rotate_encode(x, bits, "e4m3"), x, bits, "e4m3") <= 3 + FLIPS[bits] * x.numel()
 
 
-def modulation(batch, dim, dtype):
-    return tuple(0.5 * random(batch, dim, seed=seed).to(dtype) for seed in (7, 8))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("before", "dim", "first", "batch"),
@@ -87,14 +93,19 @@ def modulation(batch, dim, dtype):
         ("layer_norm", 1920, 0, 3),
         ("layer_norm", 3072, 0, 1),
         ("layer_norm", 5120, 0, 2),
+        ("silu", 64, 0, 1),
+        ("silu", 1536, 0, 1),
+        ("silu", 1920, 0, 1),
+        ("silu", 10240, 0, 1),
+        ("rms_norm", 64, 0, 6),
+        ("rms_norm", 960, 0, 0),
+        ("rms_norm", 3072, 0, 2),
+        ("rms_norm", 3840, 0, 1),
+        ("rms_norm", 3840, 0, 3),
     ],
 )
 def test_what_comes_before_the_encoding(before, dim, first, batch, dtype):
-    count = 6
-    x = tokens(count, dim - first, dtype) / (8 if before == "gelu" else 1)
-    extras = (
-        ((tokens(count, first, dtype, seed=3),) if first else ()) if before == "gelu" else modulation(batch, dim, dtype)
-    )
+    x, extras = before_encoding(before, 6, dim, first, batch, dtype)
     made = reference.apply_before(x, before, extras)
     values, scales = rotate_encode(x, 4, "e4m3", before=before, extras=extras)
     expected, expected_scales = reference.rotate_encode(made, 4, 1, "e4m3")
@@ -136,9 +147,9 @@ def test_channels_beside_gelu_that_no_vector_takes_are_refused():
         rotate_encode_cuda.rotate_encode(tokens(2, 52), 4, 1, "int8", None, "gelu", [tokens(2, 12)])
 
 
-@pytest.mark.parametrize("before", ["gelu", "layer_norm"])
+@pytest.mark.parametrize("before", ["gelu", "layer_norm", "silu", "rms_norm"])
 def test_spoilt_tokens_leave_the_others_alone_whatever_comes_before(before):
-    x, extras = tokens(5, 1536), () if before == "gelu" else modulation(1, 1536, torch.bfloat16)
+    x, extras = before_encoding(before, 5, 1536)
     values, scales = rotate_encode(x, 4, "e4m3", before=before, extras=extras)
     x[1, 7], x[3, 900] = torch.nan, torch.inf
     spoilt, spoilt_scales = rotate_encode(x, 4, "e4m3", before=before, extras=extras)
@@ -245,8 +256,9 @@ def test_widths_that_the_kernel_takes():
 def test_every_width_fits_into_the_shared_memory_of_every_device():
     """99 KiB a block on compute capability 8.6 and 8.9, of which 6 bits take 4 KiB for their bins."""
     for dim in filter(rotate_encode_cuda.supported, range(16, 2**15, 16)):
-        tile = rotate_encode_cuda.tile_of(dim)
-        assert rotate_encode_cuda.shared_bytes(dim, tile) + rotate_encode_cuda.BINS + 512 <= 99 << 10, dim
+        for before in rotate_encode_cuda.SIGNATURES:
+            tile = rotate_encode_cuda.tile_of(dim, before)
+            assert rotate_encode_cuda.shared_bytes(dim, tile) + rotate_encode_cuda.BINS + 512 <= 99 << 10, dim
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

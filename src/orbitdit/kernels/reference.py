@@ -22,24 +22,33 @@ def normalize(x: Tensor, epsilon: float = EPSILON) -> tuple[Tensor, Tensor]:
     return x / (norm + epsilon), norm
 
 
-NORM_EPSILON = 1e-6
-"""Of the LayerNorm in front of AdaLN's modulation, in every family."""
+NORM_EPSILONS = {"layer_norm": 1e-6, "rms_norm": 1e-5}
+"""Of the norms in front of AdaLN's modulation: LayerNorm's in every family, and Z-Image's RMSNorm."""
 
 
 def apply_before(x: Tensor, before: str, extras: Sequence[Tensor]) -> Tensor:
     """Tokens (tokens, dim) as the encoding takes them, in the dtype of `x` (tokens, channels): what comes before it.
 
     "": `x` itself. "gelu": the channels of `extras[0]` (tokens, first), if given, and gelu(x) in its tanh
-    approximation. "layer_norm": LayerNorm(x) * (1 + scale) + shift for `extras` scale and shift (batch, dim), each row
-    for as many consecutive tokens. In fp32, rounded once.
+    approximation. "silu": silu(x) * gate for `extras` gate (tokens, dim). "layer_norm": LayerNorm(x) * (1 + scale) +
+    shift for `extras` scale and shift (batch, dim), each row for as many consecutive tokens. "rms_norm": RMSNorm(x) *
+    weight * (1 + scale) for `extras` weight (1, dim) and scale (batch, dim), or without the last factor if that is not
+    given. In fp32, rounded once.
     """
     if not before:
         return x
     if before == "gelu":
         y = torch.nn.functional.gelu(x.float(), approximate="tanh").to(x.dtype)
         return torch.cat([*extras, y], dim=1)
-    scale, shift = (t.float().repeat_interleave(x.shape[0] // t.shape[0], 0) for t in extras)
-    y = torch.nn.functional.layer_norm(x.float(), x.shape[1:], eps=NORM_EPSILON)
+    if before == "silu":
+        return (torch.nn.functional.silu(x.float()) * extras[0].float()).to(x.dtype)
+    rows = [t.float().repeat_interleave(x.shape[0] // t.shape[0], 0) for t in extras]
+    if before == "rms_norm":
+        weight, *scales = rows
+        y = torch.nn.functional.rms_norm(x.float(), x.shape[1:], eps=NORM_EPSILONS[before]) * weight
+        return (y * (1 + scales[0]) if scales else y).to(x.dtype)
+    scale, shift = rows
+    y = torch.nn.functional.layer_norm(x.float(), x.shape[1:], eps=NORM_EPSILONS[before])
     return (y * (1 + scale) + shift).to(x.dtype)
 
 

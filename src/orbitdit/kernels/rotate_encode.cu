@@ -22,9 +22,10 @@
 // table, without bank conflicts. For more bits, BINS bins in shared memory hold the grid byte of their middle; their
 // width was chosen so that boundaries lie close to edges of bins.
 //
-// What a token is (BEFORE): 0, a row of x. 1, FIRST channels of `first_channels`, then gelu(x) (tanh approximation), as
-// the MLP of a transformer block has it. 2, LayerNorm(x) * (1 + scale) + shift without other parameters, as AdaLN has
-// it; each row of scale and shift is for `batch_tokens` tokens. Both in fp32, rounded to 16 bits once.
+// What a token is (BEFORE): 0, a row of x. 1, FIRST channels of `extra`, then gelu(x) (tanh approximation), as the MLP
+// of a transformer block has it. 2, LayerNorm(x) * (1 + scale) + shift without other parameters, as AdaLN has it; each
+// row of scale and shift is for `batch_tokens` tokens. 3, silu(x) * extra, as a gated MLP has it. 4, RMSNorm(x) times
+// the weight and (1 + scale), or the weight alone where `scale` is null. All in fp32, rounded to 16 bits once.
 //
 // A block that takes one short token at a time has two places for it: while one is worked on, the next is on its way to
 // the other, without registers (ASYNC). Two tokens do not lie in shared memory as they arrive, so their way is through
@@ -42,11 +43,13 @@
 #define ASYNC (TOKENS == 1 && DIM <= 4096)
 #define STAGE_BYTES (TOKENS * (DIM + 8) * 2)
 #define STAGES_BYTES ((ASYNC ? 2 : 1) * STAGE_BYTES)
-#if BEFORE == 2
-#define LOADS STEPS
-#else
-#define LOADS (STEPS < 8 / TOKENS ? STEPS : 8 / TOKENS)  // that it asks for at a time
-#endif
+#define GELU (BEFORE == 1)
+#define LAYER_NORM (BEFORE == 2)
+#define SILU (BEFORE == 3)
+#define RMS_NORM (BEFORE == 4)
+#define NORM (LAYER_NORM || RMS_NORM)
+#define AT_A_TIME ((SILU ? 4 : 8) / TOKENS)
+#define LOADS (NORM || STEPS < AT_A_TIME ? STEPS : AT_A_TIME)  // that it asks for at a time; norms need all of a token
 #define SIDE_BY_SIDE (SPLIT ? WARPS / FACTOR2 : WARPS)  // units that a block has in hand
 #define ROUNDS ((UNITS + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE)
 
@@ -141,10 +144,22 @@ __device__ inline uint4 change_all(uint4 r, Change change) {
                     pack_input(change(low_of(r.w), 6), change(high_of(r.w), 7)));
 }
 
+// Number `channel` of 8.
+__device__ inline float channel_of(uint4 r, int channel) {
+  const u32 words[4] = {r.x, r.y, r.z, r.w}, word = words[channel >> 1];
+  return channel & 1 ? high_of(word) : low_of(word);
+}
+
 // gelu(v) = v / 2 * (1 + tanh(sqrt(2 / pi) * (v + 0.044715 v^3)))
 __device__ inline float gelu(float v, int) {
   const float half = 0.5f * v;
   return __fmaf_rn(half, tanh_fast(v * __fmaf_rn(v * v, 0.0356774081f, 0.7978845608f)), half);
+}
+
+// silu(v) = v / (1 + exp(-v)) = v / 2 * (1 + tanh(v / 2))
+__device__ inline float silu(float v) {
+  const float half = 0.5f * v;
+  return __fmaf_rn(half, tanh_fast(half), half);
 }
 
 // Of [x y] [x]^T and [x y] [y]^T the diagonals, in rows g and g + 8.
@@ -182,18 +197,19 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 #endif
 }
 
-#if BEFORE == 1
-#define SOURCE , const u16* __restrict__ first_channels, int first_pitch, int pitch
-#elif BEFORE == 2
+#if GELU || SILU
+#define SOURCE , const u16* __restrict__ extra, int extra_pitch, int pitch
+#elif NORM  // `extra`: rows of shift like those of scale, or the weight
 #define SOURCE \
-  , const u16* __restrict__ scale, const u16* __restrict__ shift, int pitch, int batch_tokens, float epsilon
+  , const u16* __restrict__ scale, const u16* __restrict__ extra, int pitch, int batch_tokens, float epsilon
 #else
 #define SOURCE
 #endif
 
-// x (tokens, DIM - FIRST), `pitch` numbers from row to row with BEFORE == 1; gather (tiles, 32 lanes, 8) u16: place in
-// shared memory, and in the highest bit the sign; table: 32 words or BINS bytes; out (tokens, DIM) grid bytes, scales
-// (tokens,). Dynamic shared memory: STAGES_BYTES and, with SPLIT, 512 for each token and tile that a block has in hand.
+// x (tokens, DIM - FIRST), `pitch` numbers from row to row with GELU and SILU; gather (tiles, 32 lanes, 8) u16: place
+// in shared memory, and in the highest bit the sign; table: 32 words or BINS bytes; out (tokens, DIM) grid bytes,
+// scales (tokens,). Dynamic shared memory: STAGES_BYTES and, with SPLIT, 512 for each token and tile that a block has
+// in hand.
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
                   u8* __restrict__ out, float* __restrict__ scales, int tokens, float to_unit, float slope,
@@ -206,7 +222,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
   const u32 bin = reinterpret_cast<const u32*>(table)[threadIdx.x & 31];
 #endif
   __shared__ float partial[TOKENS][WARPS];
-#if BEFORE == 2
+#if NORM
   __shared__ float moments[2][TOKENS][WARPS];
 #endif
   u8* staged = dynamic_shared();
@@ -227,11 +243,12 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     right[1][i >> 1][i & 1] = right[0][i >> 1][i & 1] ^ 0x80008000u;
   }
 
-  // Vector v of token t of those at hand; past the end, of the last one.
+  // Token t of those at hand, past the end the last one; and its vector v.
+  auto token_of = [&](int first, int t) { return min(first + t, tokens - 1); };
   auto source = [&](int first, int v, int t) {
-    const i64 token = min(first + t, tokens - 1);
-#if BEFORE == 1
-    if (v * 8 < FIRST) return first_channels + token * first_pitch + v * 8;
+    const i64 token = token_of(first, t);
+#if GELU || SILU
+    if (v * 8 < FIRST) return extra + token * extra_pitch + v * 8;
     return x + token * pitch + (v * 8 - FIRST);
 #else
     return x + token * DIM + v * 8;
@@ -259,6 +276,9 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
     for (int step = 0; step < STEPS; step += LOADS) {
       uint4 loaded[LOADS][TOKENS];
+#if SILU
+      uint4 gates[LOADS][TOKENS];
+#endif
 #pragma unroll
       for (int l = 0; l < LOADS; ++l)
 #pragma unroll
@@ -271,16 +291,20 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #else
             loaded[l][t] = load_streaming(source(first, v, t));
 #endif
+#if SILU
+            gates[l][t] = load_streaming(extra + static_cast<i64>(token_of(first, t)) * extra_pitch + v * 8);
+#endif
           }
         }
-#if BEFORE == 2
-      float mean[TOKENS], deviation[TOKENS];  // of 1 / the standard deviation
+#if NORM
+      float mean[TOKENS], deviation[TOKENS];  // of 1 / the standard deviation; an RMSNorm takes the mean for zero
 #pragma unroll
       for (int t = 0; t < TOKENS; ++t) {
         float total[4] = {}, raw[2][4] = {};
 #pragma unroll
         for (int l = 0; l < LOADS; ++l) {
           add_squares(raw, loaded[l][t]);
+          if (RMS_NORM) continue;
           mma_input_k8(total, loaded[l][t].x, loaded[l][t].y, ONE * 0x10001u);
           mma_input_k8(total, loaded[l][t].z, loaded[l][t].w, ONE * 0x10001u);
         }
@@ -294,7 +318,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
         float sum = 0.f, sum_of_squares = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += moments[0][t][w], sum_of_squares += moments[1][t][w];
-        mean[t] = sum * (1.f / DIM);
+        mean[t] = RMS_NORM ? 0.f : sum * (1.f / DIM);
         const float variance = __fmaf_rn(-mean[t], mean[t], sum_of_squares * (1.f / DIM));
         deviation[t] = rsqrtf((variance < 0.f ? 0.f : variance) + epsilon);  // a comparison keeps NaN
       }
@@ -307,19 +331,21 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
           uint4& r = loaded[l][t];
-#if BEFORE == 1
+#if GELU
           if (v * 8 >= FIRST) r = change_all(r, gelu);
-#elif BEFORE == 2
+#elif SILU
+          const auto gated = [&](float number, int i) { return silu(number) * channel_of(gates[l][t], i); };
+          if (inside) r = change_all(r, gated);
+#elif NORM
           if (inside) {
-            const i64 at = static_cast<i64>(min(first + t, tokens - 1) / batch_tokens) * pitch + v * 8;
-            const uint4 scales_of = __ldg(reinterpret_cast<const uint4*>(scale + at));
-            const uint4 shifts_of = __ldg(reinterpret_cast<const uint4*>(shift + at));
-            const u32 s[4] = {scales_of.x, scales_of.y, scales_of.z, scales_of.w};
-            const u32 b[4] = {shifts_of.x, shifts_of.y, shifts_of.z, shifts_of.w};
+            const i64 at = static_cast<i64>(token_of(first, t) / batch_tokens) * pitch + v * 8;
+            const auto row = [](const u16* p) { return __ldg(reinterpret_cast<const uint4*>(p)); };
+            const uint4 scales_of = RMS_NORM && !scale ? make_uint4(0, 0, 0, 0) : row(scale + at);
+            const uint4 extras_of = row(extra + (RMS_NORM ? v * 8 : at));
             r = change_all(r, [&](float number, int channel) {
-              const u32 word = s[channel >> 1], other = b[channel >> 1];
-              const float gain = __fmaf_rn(channel & 1 ? high_of(word) : low_of(word), deviation[t], deviation[t]);
-              return __fmaf_rn(number - mean[t], gain, channel & 1 ? high_of(other) : low_of(other));
+              const float gain = __fmaf_rn(channel_of(scales_of, channel), deviation[t], deviation[t]);
+              const float other = channel_of(extras_of, channel);
+              return RMS_NORM ? number * (gain * other) : __fmaf_rn(number - mean[t], gain, other);
             });
           }
 #endif

@@ -16,7 +16,7 @@ from torch import Tensor
 from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
 from orbitdit.errors import TensorError
 from orbitdit.kernels.nvrtc import kernel, processors, readable, upload
-from orbitdit.kernels.reference import NORM_EPSILON, encoded_width
+from orbitdit.kernels.reference import NORM_EPSILONS, encoded_width
 from orbitdit.rotation import rotation
 
 TILE = 256
@@ -54,10 +54,12 @@ BEST_TILES = {
     20480: Tile(1, 4, 4, 8, 2, True, True),
 }
 """By width, where measurement on an H200 found something better, or shared memory is too small for the other."""
+NORM_TILES = {3840: Tile(2, 1, 1, 8, 4)}
+"""By width, for norms: they keep a token in registers, and ptxas spills none of it for sm_90 with these."""
 MAX_DIM = 24064
 """What is staged must fit into the 99 KiB of shared memory that a block has on compute capability 8.6 and 8.9."""
 BINS = 4096
-SIGNATURES = {"": "", "gelu": "Pii", "layer_norm": "PPiif"}
+SIGNATURES = {"": "", "gelu": "Pii", "layer_norm": "PPiif", "silu": "Pii", "rms_norm": "PPiif"}
 """What may come before the encoding, and the arguments that it adds to the kernel's."""
 
 
@@ -111,16 +113,18 @@ def rotate_encode_into(
         return
     x, *others = (_readable_rows(t.to(x.dtype)) for t in (x, *extras))
     more: tuple[int | float, ...]
-    if before == "gelu":
+    if before in ("gelu", "silu"):
         other = others[0] if others else x
         more = other.data_ptr(), other.stride(0), x.stride(0)
     else:
-        if not x.is_contiguous():
-            x = x.contiguous()
-        scale, shift = others
-        if scale.stride(0) != shift.stride(0):
-            scale, shift = scale.contiguous(), shift.contiguous()
-        more = scale.data_ptr(), shift.data_ptr(), scale.stride(0), tokens // scale.shape[0], NORM_EPSILON
+        x = x.contiguous()
+        scale: Tensor | None
+        if before == "rms_norm":
+            extra, scale = others[0], others[1] if len(others) > 1 else None
+        else:
+            scale, extra = others if others[0].stride(0) == others[1].stride(0) else [t.contiguous() for t in others]
+        address, pitch, rows = (0, 0, 1) if scale is None else (scale.data_ptr(), scale.stride(0), scale.shape[0])
+        more = address, extra.data_ptr(), pitch, tokens // rows, NORM_EPSILONS[before]
     launch(x.data_ptr(), values.data_ptr(), scales.data_ptr(), tokens, *more)
 
 
@@ -130,9 +134,10 @@ def _readable_rows(x: Tensor) -> Tensor:
     return x if aligned else x.contiguous()
 
 
-def tile_of(dim: int) -> Tile:
-    """The tile that measured best."""
-    return BEST_TILES.get(dim) or TILES[_factor(dim)]
+def tile_of(dim: int, before: str = "") -> Tile:
+    """The tile for a width and what comes before its encoding."""
+    own = NORM_TILES.get(dim) if before in NORM_EPSILONS else None
+    return own or BEST_TILES.get(dim) or TILES[_factor(dim)]
 
 
 @cache
@@ -144,7 +149,7 @@ def _launcher(
         raise TensorError(f"rotate_encode has no kernel for tokens of width {dim}: run this layer on the grid 'exact'")
     if first % 8:
         raise TensorError(f"rotate_encode takes a multiple of 8 channels beside those of GELU; got {first}")
-    tile = tile or tile_of(dim)
+    tile = tile or tile_of(dim, before)
     bins, slope, scale = bin_table(dim, bits, grid)
     defines = compile_options(dim, bits, half, tile, before, first)
     signature = "PPPPPifff" + SIGNATURES[before]
