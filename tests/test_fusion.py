@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from threading import Thread
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_fused_blocks_give_what_the_others_give(name, dtype, used):
     expected = family.run(model)
     assert not used
     assert relative(output, expected) <= 0.03
-    assert all(m.shared_input is None or m.shared_input.held is None for m in model.modules() if type(m) is OrbitLinear)
+    assert all(m.shared_input is None or not m.shared_input.held for m in model.modules() if type(m) is OrbitLinear)
 
 
 def compiled(family, model):
@@ -348,22 +349,47 @@ def test_gradients_of_text_and_modulation_take_the_original_path(part, wanted, u
     assert torch.equal(inputs[wanted].grad, found)
 
 
-def test_held_outputs_are_of_the_modulated_tokens():
-    layers = [OrbitLinear(64, 32, weight_bits=4, activation_bits=4) for _ in range(2)]
+def sharing_layers():
+    layers = [OrbitLinear.from_linear(nn.Linear(64, 32, bias=False).bfloat16(), 4, 4) for _ in range(2)]
     for layer in layers:
-        layer.load_state_dict(OrbitLinear.from_linear(nn.Linear(64, 32, bias=False).bfloat16(), 4, 4).state_dict())
         layer.set_grid(2, False)
     orbitdit.linear.share_inputs(layers)
+    return layers
+
+
+@torch.no_grad()
+def test_what_a_thread_holds_is_its_own():
+    """Two threads run one model: what one computes between the other's hold and its calls must not take its place."""
+    layers, scale, shift = sharing_layers(), torch.ones(1, 64).bfloat16(), torch.ones(1, 64).bfloat16()
+    shared, x = layers[0].shared_input, torch.randn(3, 64).bfloat16()
+
+    def run(tokens, between=lambda: None):
+        shared.hold(tokens, "layer_norm", scale, shift)
+        first = layers[0](tokens)
+        between()
+        return first, layers[1](tokens)
+
+    def other():
+        thread = Thread(target=run, args=(torch.randn(3, 64).bfloat16(),))
+        thread.start()
+        thread.join()
+
+    assert all(map(torch.equal, run(x, other), run(x)))
+    assert not shared.held
+
+
+def test_held_outputs_are_of_the_modulated_tokens():
+    layers = sharing_layers()
     x, scale, shift = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 64).bfloat16(), torch.randn(2, 64).bfloat16()
     shared = layers[0].shared_input
     assert isinstance(shared, SharedInput)
     expected = [
         layer(reference.apply_before(x.view(6, 64), "layer_norm", (scale, shift)).view(2, 3, 64)) for layer in layers
     ]
-    shared.held = None
+    shared.held.clear()
     shared.hold(x, "layer_norm", scale, shift)
     assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
-    assert shared.held is None
+    assert not shared.held
     assert not torch.equal(layers[0](x), expected[0])
 
 

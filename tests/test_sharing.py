@@ -46,7 +46,7 @@ def orbit_layers(model):
 
 
 def nothing_is_held(model):
-    return all(m.shared_input is None or m.shared_input.held is None for m in orbit_layers(model))
+    return all(m.shared_input is None or not m.shared_input.held for m in orbit_layers(model))
 
 
 @every_family
@@ -253,7 +253,7 @@ def test_gradients_do_not_pass_through_what_is_shared():
     assert number == 0
     with torch.no_grad():
         block(x)
-    assert all(layer.shared_input.held is None for layer in block.layers)
+    assert all(not layer.shared_input.held for layer in block.layers)
 
 
 @pytest.mark.parametrize("grid", ["auto", *kernels.GRIDS])
@@ -368,10 +368,10 @@ def test_what_is_held_is_not_copied_or_saved():
         layer.set_grid(INT8, False)
     x = torch.randn(5, 64).bfloat16()
     first = layers[0](x)
-    assert layers[0].shared_input.held is not None
+    assert layers[0].shared_input.held
     twins = copy.deepcopy(nn.ModuleList(layers))
     assert twins[0].shared_input is twins[1].shared_input is not layers[0].shared_input
-    assert twins[0].shared_input.held is None
+    assert not twins[0].shared_input.held
     assert torch.equal(twins[0](x), first)
 
 

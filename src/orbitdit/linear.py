@@ -12,6 +12,7 @@ in the steps of `kernels`: encode the tokens, decode the codes, multiply. Which 
 the device that runs the layer, and no part of a checkpoint.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 
 import torch
@@ -38,16 +39,17 @@ class SharedInput:
     So the tensor is encoded once, and one op does the work of many. A member that is given the very tensor that the
     outputs are of takes its output; for any other tensor all is computed anew, so that nothing depends on the members
     being called together. What was written to the tensor in between counts as another one, except in inference mode
-    and in compiled code, where torch does not tell. What is held goes with the last member.
+    and in compiled code, where torch does not tell. What is held goes with the last member; each thread has its own.
     """
 
     def __init__(self, members: tuple["OrbitLinear", ...]):
         self.members = members
-        self.held: tuple[Tensor, int, int, list[Tensor | None]] | None = None
+        self.held: dict[int, tuple[Tensor, int, int, list[Tensor | None]]] = {}
 
     def output(self, place: int, x: Tensor, grid: int) -> Tensor:
         """The output of member number `place` for `x` (..., dim)."""
-        held, version, output = self.held, _version(x), None
+        thread, version, output = _thread(), _version(x), None
+        held = self.held.get(thread)
         if held is not None and held[0] is x and held[1] == version and held[2] == grid:
             output = held[3][place]
         if held is None or output is None:
@@ -55,13 +57,13 @@ class SharedInput:
                 if is_hooked(member) or member.codes.device != x.device:  # its weight is there when it is called
                     return _project(self.members[place : place + 1], x, grid)[0]
             held = (x, version, grid, list(_project(self.members, x, grid)))
-            self.held, output = held, held[3][place]
+            self.held[thread], output = held, held[3][place]
         held[3][place] = None  # the caller's own, to write to
         for left in held[3]:
             if left is not None:
                 break
         else:
-            self.held = None
+            self.held.pop(thread, None)
         assert output is not None
         return output
 
@@ -69,10 +71,10 @@ class SharedInput:
         """Compute the outputs for what `reference.apply_before` makes of `x`, to be given when members are called
         with `x` itself. All members must be on the device of `x`, and all be called."""
         grid = self.members[0].grid_for(x)
-        self.held = (x, _version(x), grid, list(_project(self.members, x, grid, before, extras)))
+        self.held[_thread()] = (x, _version(x), grid, list(_project(self.members, x, grid, before, extras)))
 
     def __getstate__(self) -> dict:
-        return {"members": self.members, "held": None}
+        return {"members": self.members, "held": {}}
 
 
 def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
@@ -94,6 +96,14 @@ def is_hooked(layer: "OrbitLinear") -> bool:
     """Whether accelerate or diffusers moves the weight of this very layer, perhaps still while another one runs."""
     own = layer.__dict__
     return "_hf_hook" in own or "_diffusers_hook" in own
+
+
+def _thread() -> int:
+    """The number of the thread that runs, or in compiled code of the one that traces: there nothing stays held."""
+    return threading.get_ident()
+
+
+_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `kernels.device_grids`
 
 
 def _version(x: Tensor) -> int:
