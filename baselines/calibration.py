@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from orbitdit import OrbitQuantConfig, plan
 from orbitdit.errors import ModelError
-from orbitdit.evaluate import generate
+from orbitdit.evaluate import batch_of, generate
 
 GROUPS = 3
 """Groups of timesteps, from noise to picture, that magnitudes are kept apart for."""
@@ -102,10 +102,11 @@ def calibrate(
     for component in components:
         model = getattr(pipeline, component)
         clock = _Steps(steps)
+        per_call = -(-TOKENS // max(1, steps * -(-len(prompts) // batch_of(pipeline))))
         hooks.append(model.register_forward_pre_hook(clock, with_kwargs=True))
         for number, row in enumerate(plan(model, OrbitQuantConfig("w4a4")).select("quantize")):
             module = model.get_submodule(row.name)
-            collector = _Collector(row.in_features, module.weight.device, clock, -(-TOKENS // steps), number)
+            collector = _Collector(row.in_features, module.weight.device, clock, per_call, number)
             hooks.append(module.register_forward_pre_hook(collector))
             found[component, row.name] = collector
     try:

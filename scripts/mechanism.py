@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from orbitdit import OrbitQuantConfig, plan
 from orbitdit.errors import ConfigError
 from orbitdit.evaluate import BATCH, compute_dtype, generate
-from orbitdit.integrations.folders import load_pipeline, transformers_in, world_of
+from orbitdit.integrations.folders import load_pipeline, transformers_in
 from orbitdit.rotation import rotation
 from orbitdit.shapes.prompts import CATEGORIES, benchmark
-from scripts.quality import STEPS, environment, models_of
+from scripts.quality import STEPS, environment, judged_world, models_of
 
 BRANCHES = ("with prompt", "without")
 """What the halves of a guided batch are, in order; an unguided batch is all of the first."""
@@ -119,14 +119,16 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="what to record where the checkout has no git directory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     args = parser.parse_args(given)
+    try:
+        folders = models_of(args.model or ["embedded"])
+        worlds = {name: judged_world(folder) for name, folder in folders.items()}
+    except ConfigError as error:
+        sys.exit(f"mechanism: {error}")
     shared = environment(args.device, args.commit)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", encoding="utf-8") as file:
-        for name, folder in models_of(args.model or ["embedded"]).items():
-            world = world_of(folder)
-            if world is None:
-                sys.exit(f"mechanism: {folder} is no pipeline of a world of orbitdit.shapes: it has no prompts")
-            prompts = [p.text for p in benchmark(-(-args.prompts // len(CATEGORIES)), world=world)]
+        for name, folder in folders.items():
+            prompts = [p.text for p in benchmark(-(-args.prompts // len(CATEGORIES)), world=worlds[name])]
             pipeline = load_pipeline(folder, compute_dtype(args.device)).to(args.device)
             components = [component for component in transformers_in(folder) if component]
             for row in measure(pipeline, components, prompts, args.steps):

@@ -33,6 +33,7 @@ from orbitdit.lines import append_line, resume_lines
 from orbitdit.metrics import psnr
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import CATEGORIES, benchmark
+from orbitdit.shapes.worlds import World
 
 FULL = "full"
 BITS = ("W2A4", "W3A3", "W4A4", "W2A3", "W4A6")
@@ -75,15 +76,20 @@ def runs_of(models: Iterable[str]) -> list[Run]:
     return found
 
 
+def judged_world(folder: Path) -> World:
+    """The world whose pictures the pipeline in `folder` draws. Raises ConfigError for any other folder."""
+    world = world_of(folder)
+    if world is None:
+        raise ConfigError(f"{folder} is no pipeline of a world of orbitdit.shapes: its pictures cannot be judged")
+    return world
+
+
 class Subject:
     """A model under test: its pipeline, its full-precision transformers and pictures, and its calibration."""
 
     def __init__(self, folder: Path, device: str, per_category: int, steps: int):
-        world = world_of(folder)
-        if world is None:
-            raise ConfigError(f"{folder} is no pipeline of a world of orbitdit.shapes: its pictures cannot be judged")
-        self.device, self.world, self.steps = device, world, steps
-        self.prompts = [p.text for p in benchmark(per_category, world=world)]
+        self.device, self.world, self.steps = device, judged_world(folder), steps
+        self.prompts = [p.text for p in benchmark(per_category, world=self.world)]
         self.pipeline = load_pipeline(folder, compute_dtype(device)).to(device)
         self.originals: dict[str, nn.Module] = {
             name: getattr(self.pipeline, name) for name in transformers_in(folder) if name
@@ -234,13 +240,15 @@ def main(given: list[str] | None = None) -> None:
         chosen = [r for r in runs_of(folders) if any(fnmatch(r.name, glob) for glob in args.only or ["*"])]
         if not chosen:
             raise ConfigError(f"--only {' '.join(args.only)} matches no run, such as {runs_of(folders)[-1].name}")
+        for model in dict.fromkeys(r.model for r in chosen):
+            judged_world(folders[model])
         wanted = shard_of(args.shard, chosen)
         rows, repaired = resume_lines(args.out)
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"quality: {error}")
     if repaired:
         print(repaired, flush=True)
-    alike = [r for r in rows if (r["per_category"], r["steps"]) == (args.per_category, args.steps)]
+    alike = [r for r in rows if (r.get("per_category"), r.get("steps")) == (args.per_category, args.steps)]
     there = {Run(r["model"], r["method"], r["bits"], r["seed"]) for r in alike if r["status"] == "ok"}
     todo = [r for r in wanted if r not in there]
     print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are in {args.out} already", flush=True)

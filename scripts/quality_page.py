@@ -38,12 +38,13 @@ paper's recipe on the embedded model over two rotation seeds, with the centroids
 HOW = """Every model draws the same {prompts:,} prompts, 200 in each of six categories, each picture from its own
 noise; an exact detector says whether a picture shows what its prompt asks, nothing missing and nothing extra. A score
 is the share of right pictures; the first table of a model gives it as a share of that model's score at full precision,
-mean ± standard deviation over rotation seeds 0, 1 and 2 for methods with a random rotation.
+mean ± standard deviation where a random rotation was measured with several seeds.
 
 **Bold** marks our losses: a baseline above orbitdit at the same setting, and orbitdit below its target ({targets}).
 All methods quantize the same layers and store the modulation layers alike, but bits are not quite equal: what a
 quantized weight takes beyond its code, in scales, zero points, smoothing and low-rank factors, stands beside each
-method."""
+method. orbitdit runs on the number grid that its device takes by default, the paper's recipe with fp32 centroids as in
+the paper."""
 
 
 def read(folder: Path) -> tuple[list[Row], list[Row]]:

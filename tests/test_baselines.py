@@ -13,7 +13,7 @@ from baselines import METHODS, Statistics, calibrate
 from baselines.layer import FakeQuantLinear, block_hadamard, regular_hadamard
 from baselines.methods import ALPHAS, GELU_LEAST
 from baselines.uniform import SHRINK, Activation, decode, encode, gptq, grid_of
-from orbitdit import Int4Linear, OrbitQuantConfig, plan, quantize_
+from orbitdit import Int4Linear, OrbitQuantConfig, evaluate, plan, quantize_
 from orbitdit.errors import ConfigError, ModelError, TensorError
 from orbitdit.shapes.prompts import benchmark
 from tiny import tiny_pipeline
@@ -304,6 +304,13 @@ def test_calibration_is_of_all_inputs(pipeline, statistics):
     assert all(tuple(row) in rows for row in found.tokens[::97].tolist())
     assert len(found.tokens) == 3 * 683
     assert not any(m._forward_pre_hooks for m in pipeline.transformer.modules())
+
+
+def test_tokens_do_not_grow_with_the_prompts(pipeline, monkeypatch):
+    monkeypatch.setitem(evaluate.BATCH, "cpu", 2)
+    prompts = [p.text for p in benchmark(1, 1)]
+    found = calibrate(pipeline, ["transformer"], prompts, 2, 10)["transformer"]
+    assert {len(s.tokens) for s in found.values()} == {2 * 3 * 342}  # the least number of each call that makes TOKENS
 
 
 def test_statistics_of_shifted_inputs():

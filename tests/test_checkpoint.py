@@ -322,6 +322,9 @@ def test_loading_quantizes_as_quantize_does(saved, kind):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     quantize_(model, W4A4, progress=False)
     assert same(load_model(saved / kind, W4A4), model)
+    placed = load_model(saved / kind, W4A4, device="cpu")
+    assert same(placed, model)
+    assert placed.hf_device_map == {"": torch.device("cpu")}
     assert same(load_model(saved / "quantized"), model)
     assert load_model(saved / "plain", dtype=torch.float32).dtype == torch.float32
 

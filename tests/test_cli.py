@@ -14,7 +14,7 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES
-from orbitdit import OrbitQuantConfig, cli, plan
+from orbitdit import ConfigError, OrbitQuantConfig, cli, plan
 from orbitdit.integrations.folders import load_model, skeleton
 from orbitdit.shapes import MODEL_DIR
 
@@ -122,7 +122,7 @@ def test_no_arguments_show_the_help(run):
     code, out, err = run()
     assert (code or 0, err) == (0, "")
     assert out.startswith("Usage:")
-    assert all(f"  {command} " in out for command in ("plan", "quantize", "generate", "compare"))
+    assert all(f"  {command} " in out for command in ("plan", "quantize", "generate", "compare", "evaluate"))
 
 
 def test_options_without_effect_are_refused(run):
@@ -219,6 +219,22 @@ def test_quantize_a_model_folder(run, models, tmp_path):
     code, out, _ = run("quantize", models / "flux", "--out", tmp_path / "a" / "out")
     assert (code, out.split(":")[0]) == (0, str(tmp_path / "a" / "out"))
     assert load_config(tmp_path / "a" / "out")["quantization_config"]["weight_bits"] == 4
+
+
+@pytest.mark.parametrize("command", ["quantize", "generate", "compare", "evaluate"])
+def test_weights_are_quantized_on_the_device_that_is_asked_for(run, monkeypatch, command):
+    """A search for trellis codes takes seconds on a GPU, and hours for a large model on a CPU."""
+    asked = []
+
+    def load(path, config=None, dtype=None, device=None):
+        asked.append(device)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("orbitdit.integrations.folders.load_model", load)
+    monkeypatch.setattr("orbitdit.evaluate.load_model", load)
+    prompt = () if command == "quantize" else ("--prompt", "a red circle", "--steps", 1)
+    assert run(command, "--bits", "w2a4", "--device", "cpu", *prompt)[::2] == (2, "orbitdit: seen\n")
+    assert asked == ["cpu"]
 
 
 def test_generate_reports_what_it_wrote(run):

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from peft import LoraConfig
 from torch import nn
@@ -35,10 +36,10 @@ def kernels_everywhere(monkeypatch):
     ready = fusion._ready
 
     class OnCuda:
-        is_cuda, requires_grad = True, False
+        is_cuda = True
 
         def __init__(self, x):
-            self.dtype, self.device, self.requires_grad = x.dtype, x.device, x.requires_grad
+            self.dtype, self.device = x.dtype, x.device
 
     monkeypatch.setattr(fusion, "_ready", lambda x, layers: ready(OnCuda(x), layers))
 
@@ -128,6 +129,20 @@ def test_classes_keep_their_names_and_can_be_copied_and_undone():
     dequantize_(model)
     assert type(model.transformer_blocks[0]) is FluxTransformerBlock
     assert not any(hasattr(m, "unfused") for m in model.modules())
+
+
+@pytest.mark.parametrize("removed", [True, False])
+@torch.no_grad()
+def test_blocks_with_hooks_of_accelerate_can_be_undone(removed):
+    family, model = FAMILIES["flux"], quantized("flux")
+    for block in model.transformer_blocks:
+        add_hook_to_module(block, ModelHook())
+        if removed:
+            remove_hook_from_module(block)
+    dequantize_(model)
+    plain = FAMILIES["flux"].build().bfloat16().eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(family.run(model), family.run(plain))
 
 
 def test_a_forward_pass_of_other_parameters_is_left_alone():
@@ -307,6 +322,30 @@ def test_gradients_take_the_original_path(used):
     model.transformer_blocks[0].ff(x).sum().backward()
     assert x.grad is not None
     assert not used
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+@pytest.mark.parametrize("part", ["transformer_blocks", "single_transformer_blocks"])
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_gradients_of_text_and_modulation_take_the_original_path(part, wanted, used):
+    """Prompts that are learned: the picture's tokens need no gradient in the first block."""
+    model = quantized("flux")
+    block, width = getattr(model, part)[0], model.config.num_attention_heads * model.config.attention_head_dim
+    inputs = [
+        torch.randn(1, 4, width).bfloat16(),
+        torch.randn(1, 3, width).bfloat16(),
+        torch.randn(1, width).bfloat16(),
+    ]
+    inputs[wanted].requires_grad_()
+    outputs = block(*inputs)
+    assert not used
+    sum(output.float().sum() for output in outputs).backward()
+    found, inputs[wanted].grad = inputs[wanted].grad, None
+    fusion.unfuse_blocks(model)
+    expected = block(*inputs)
+    assert all(map(torch.equal, outputs, expected))
+    sum(output.float().sum() for output in expected).backward()
+    assert torch.equal(inputs[wanted].grad, found)
 
 
 def test_held_outputs_are_of_the_modulated_tokens():

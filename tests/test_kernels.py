@@ -1,5 +1,7 @@
 """The CUDA kernels of a layer, run on the CPU by the emulator, against their definitions in `reference`."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 import oracle
 from cuda_emulator import launch
 from encoding_checks import FLIPS, NORMS, before_encoding, flips, random, tokens, tokens_of_one_input
-from orbitdit import DependencyError
+from orbitdit import DependencyError, TensorError
 from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
 from orbitdit.kernels import decode as decode_cuda
 from orbitdit.kernels import nvrtc, reference
@@ -115,6 +117,34 @@ def test_what_comes_before_the_encoding(before, dim, first, batch, dtype):
     assert (code != expected_code).sum() <= 3 + 2e-3 * code.numel()
     again = rotate_encode(x, 4, "e4m3", before=before, extras=extras, blocks=1, reverse=True)
     assert torch.equal(again[0].view(torch.uint8), values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("before", ["gelu", "layer_norm"])
+def test_what_precedes_the_encoding_is_read_as_what_it_is(before, monkeypatch):
+    """Other dtypes (a modulation in fp32), other strides and parts of tensors: the kernel reads 16-bit rows."""
+    x, read = tokens(6, 64), []
+    extras = [random(2, 200, seed=seed)[:, 1:65] for seed in (7, 8)] if before == "layer_norm" else [random(6, 16).T.T]
+
+    def launch(x_at, values, scales, count, *more):
+        places = [(x_at, 64, 6, 64)]
+        if before == "layer_norm":
+            places += [(at, more[2], 2, 64) for at in more[:2]]
+        else:
+            places += [(more[0], more[1], 6, 16)]
+        for at, pitch, rows, width in places:
+            memory = (ctypes.c_uint16 * (pitch * (rows - 1) + width)).from_address(at)
+            words = [memory[pitch * row : pitch * row + width] for row in range(rows)]
+            read.append(torch.tensor(words, dtype=torch.int32).to(torch.int16).view(torch.bfloat16))
+
+    monkeypatch.setattr(rotate_encode_cuda, "_launcher", lambda *_: launch)
+    rotate_encode_cuda.rotate_encode(x, 4, 1, "int8", None, before, extras)
+    assert len(read) == 1 + len(extras)
+    assert all(torch.equal(found, t.bfloat16()) for found, t in zip(read, [x, *extras], strict=True))
+
+
+def test_channels_beside_gelu_that_no_vector_takes_are_refused():
+    with pytest.raises(TensorError, match="a multiple of 8 channels beside those of GELU; got 12"):
+        rotate_encode_cuda.rotate_encode(tokens(2, 52), 4, 1, "int8", None, "gelu", [tokens(2, 12)])
 
 
 @pytest.mark.parametrize("before", ["gelu", "layer_norm", "silu", "rms_norm"])

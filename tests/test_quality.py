@@ -187,6 +187,13 @@ def test_bad_use_is_one_line(measure, folders, tmp_path):
             measure("--shard", shard)
     with pytest.raises(SystemExit, match="'glyph' is not NAME=FOLDER"):
         quality.main(["--out", str(tmp_path / "a.jsonl"), "--model", "glyph"])
+    out = tmp_path / "a.jsonl"
+    for script in (quality, mechanism):
+        with pytest.raises(SystemExit, match="transformer is no pipeline of a world"):
+            script.main(["--out", str(out), "--model", f"b={folders / 'shapes' / 'transformer'}"])
+        with pytest.raises(SystemExit, match="nowhere is no pipeline of a world"):
+            script.main(["--out", str(out), "--model", "b=nowhere"])
+    assert not out.exists()
     assert quality.models_of(["embedded", "b=c"]) == {"embedded": MODEL_DIR, "b": Path("c")}
     with pytest.raises(ConfigError, match="no pipeline of a world"):
         quality.Subject(folders / "shapes" / "transformer", "cpu", 1, 1)

@@ -1,4 +1,4 @@
-"""The command line: `orbitdit plan | quantize | generate | compare`.
+"""The command line: `orbitdit plan | quantize | generate | compare | evaluate`.
 
 Each command takes a model folder in diffusers' layout, a hub id, or nothing for the embedded model. Bad use
 ends with exit code 2 and one line on standard error.
@@ -85,12 +85,14 @@ def quantize(
     recipe: Recipe = None,
     seed: RotationSeed = 0,
     rule: Rules = None,
+    device: On = Device.AUTO,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("quantized"),
 ) -> None:
     """Write a quantized copy of a model or a whole pipeline."""
     from orbitdit.integrations.folders import quantize_folder
 
-    quantize_folder(_find(model), out, _config(bits, seed, rule, recipe))
+    config = _config(bits, seed, rule, recipe)
+    quantize_folder(_find(model), out, config, _device(device))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:,.1f} MB")
 
@@ -130,7 +132,7 @@ def generate(
         dtype = evaluate.compute_dtype(where)
         pipeline = load_pipeline(folder, dtype)
         for name, path in transformers_in(folder).items() if config else []:
-            pipeline.register_modules(**{name: load_model(path, config, dtype)})
+            pipeline.register_modules(**{name: load_model(path, config, dtype, where)})
         pipeline.to(where)
         pictures, seconds = evaluate.generate(
             pipeline, prompt, seed, **_options(steps, guidance, height, width, frames)
@@ -241,11 +243,11 @@ def evaluate(
         line["environment"] = environment()
         if config is not None or (run, None) not in there:
             append_line(out, line)
-        score = f"{result.scores(prompts).get('overall', float('nan')):.3f}"
-        print(
-            f"{result.label}, rotation seed {config.seed if config else '-'}: {score}, {result.seconds:.1f} s",
-            flush=True,
-        )
+        score, distance = result.scores(prompts).get("overall"), result.psnr
+        told = [] if score is None else [f"score {score:.3f}"]
+        told += [] if distance is None else [f"{distance:.1f} dB"]
+        told.append(f"{result.seconds:.1f} s")
+        print(f"{result.label}, rotation seed {config.seed if config else '-'}: {', '.join(told)}", flush=True)
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def results(
             pipeline.register_modules(**{name: None})
         gc.collect()
         for name, path in components.items():
-            pipeline.register_modules(**{name: load_model(path, config, dtype).to(device)})
+            pipeline.register_modules(**{name: load_model(path, config, dtype, device)})
         pictures, seconds = generate(pipeline, prompts, seed, config.label, **options)
         size, bits = sum(p.bytes_after for p in parts), effective_bits(row for p in parts for row in p.layers)
         distances = psnr(pictures, full), similarity(pictures, full, device)
@@ -129,7 +129,7 @@ def generate(
         raise ConfigError(f"{type(pipeline).__name__} takes no option {unknown!r}: leave it out")
     own_noise = getattr(pipeline, "initial_noise", None)
     pictures, started = [], time.perf_counter()
-    step = BATCH[pipeline.device.type] if own_noise else 1
+    step = batch_of(pipeline)
     for start in range(0, len(prompts), step):
         chunk = list(prompts[start : start + step])
         done = f"{start + len(chunk)}/{len(prompts)}"
@@ -140,6 +140,11 @@ def generate(
         images = output.images if hasattr(output, "images") else [video[0] for video in output.frames]
         pictures.append(np.rint(np.asarray(images) * 255).astype(np.uint8))
     return np.concatenate(pictures), time.perf_counter() - started
+
+
+def batch_of(pipeline: Any) -> int:
+    """How many pictures `generate` makes at a time."""
+    return BATCH[pipeline.device.type] if hasattr(pipeline, "initial_noise") else 1
 
 
 def similarity(pictures: np.ndarray, reference: np.ndarray, device: str = "cpu") -> float | None:

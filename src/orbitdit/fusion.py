@@ -31,8 +31,12 @@ def unfuse_blocks(model: nn.Module) -> None:
     """Undo `fuse_blocks`."""
     for block in model.modules():
         base = getattr(type(block), "unfused", None)
-        if base is not None:
-            block.__class__ = base
+        if base is None:
+            continue
+        for name in ("forward", "_old_forward"):  # where accelerate's hooks leave a bound method behind
+            if getattr(block.__dict__.get(name), "__func__", None) is FUSED[base.__name__]:
+                setattr(block, name, base.forward.__get__(block))
+        block.__class__ = base
 
 
 def _forward_for(base: Any) -> Callable | None:
@@ -60,8 +64,9 @@ def _revive(base: Any) -> nn.Module:
 
 
 def _ready(x: Tensor, layers: Iterable[nn.Module]) -> bool:
-    """Whether kernels run all of `layers` on what is like `x`."""
-    if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+    """Whether kernels run all of `layers` on what is like `x`, and nobody asks for gradients: of `x`, of the text or of
+    the modulation, which kernels would cut off."""
+    if not x.is_cuda or torch.is_grad_enabled():
         return False
     for layer in layers:
         if type(layer) is not OrbitLinear or is_hooked(layer) or layer.grid_for(x) == EXACT:

@@ -51,9 +51,15 @@ def skeleton(folder: Path) -> nn.Module:
     return model
 
 
-def load_model(folder: Path, config: OrbitQuantConfig | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(
+    folder: Path,
+    config: OrbitQuantConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> nn.Module:
     """The model in `folder`, quantized while loading when `config` is given, in `dtype` or as it is stored.
 
+    `device` (the CPU if left out) is where its weights are quantized, one by one, and where it is then.
     Raises CheckpointError for files that are missing, damaged or pickles, for tensors that are missing or have
     another shape, and errors as `orbitdit.plan` does.
     """
@@ -64,6 +70,8 @@ def load_model(folder: Path, config: OrbitQuantConfig | None = None, dtype: torc
     options = {"dtype": dtype or stored_dtype(folder), "use_safetensors": True, "local_files_only": True}
     if config is not None:
         options["quantization_config"] = config
+    if device is not None:
+        options["device_map"] = device
     with _readable(folder):
         model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
     if info["missing_keys"]:
@@ -92,8 +100,9 @@ def world_of(folder: Path) -> World | None:
     return WORLDS.get(index.get("world", SHAPES.name)) if index.get("_class_name") == "ShapesPipeline" else None
 
 
-def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig) -> None:
-    """Write `folder`, a model or pipeline in diffusers' layout, to the new folder `target` with transformers quantized.
+def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig, device: str | None = None) -> None:
+    """Write `folder`, a model or pipeline in diffusers' layout, to the new folder `target` with transformers quantized,
+    on `device`.
 
     Everything else is copied, except weights that lie beside the components. Nothing is left behind when it fails;
     raises as `load_model` does.
@@ -103,7 +112,7 @@ def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig) -> Non
         raise CheckpointError(f"{target} lies inside {folder}: choose an output folder elsewhere")
     with new_folder(target) as scratch:
         for name, source in components.items():
-            model: Any = load_model(source, config)
+            model: Any = load_model(source, config, device=device)
             model.register_to_config(_name_or_path=folder.name)  # else the local path would travel along
             model.save_pretrained(scratch / name)
         for item in sorted(folder.iterdir()) if "" not in components else []:

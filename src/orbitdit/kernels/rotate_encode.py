@@ -78,7 +78,7 @@ def rotate_encode(
     extras: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Values (tokens, dim) on the grid and scales (tokens,) fp32 of bf16 or fp16 `x` (tokens, channels), `before` which
-    something may come; see reference.py.
+    something may come; see reference.py. `extras` are read in the dtype of `x`.
 
     Raises TensorError for other dtypes and for widths that `supported` refuses.
     """
@@ -111,7 +111,7 @@ def rotate_encode_into(
     if not before:
         launch(readable(x).data_ptr(), values.data_ptr(), scales.data_ptr(), tokens)
         return
-    x, *others = (_readable_rows(t) for t in (x, *extras))
+    x, *others = (_readable_rows(t.to(x.dtype)) for t in (x, *extras))
     more: tuple[int | float, ...]
     if before in ("gelu", "silu"):
         other = others[0] if others else x
@@ -147,6 +147,8 @@ def _launcher(
     """A function that launches the kernel for one width and codebook; None is the best tile."""
     if not supported(dim):
         raise TensorError(f"rotate_encode has no kernel for tokens of width {dim}: run this layer on the grid 'exact'")
+    if first % 8:
+        raise TensorError(f"rotate_encode takes a multiple of 8 channels beside those of GELU; got {first}")
     tile = tile or tile_of(dim, before)
     bins, slope, scale = bin_table(dim, bits, grid)
     defines = compile_options(dim, bits, half, tile, before, first)
