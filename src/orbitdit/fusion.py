@@ -34,7 +34,7 @@ def unfuse_blocks(model: nn.Module) -> None:
         if base is None:
             continue
         for name in ("forward", "_old_forward"):  # where accelerate's hooks leave a bound method behind
-            if getattr(block.__dict__.get(name), "__func__", None) is FUSED[base.__name__]:
+            if getattr(block.__dict__.get(name), "__func__", None) is type(block).forward:
                 setattr(block, name, base.forward.__get__(block))
         block.__class__ = base
 
