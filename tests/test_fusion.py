@@ -17,7 +17,7 @@ from encoding_checks import relative
 from families import FAMILIES
 from orbitdit import OrbitLinear, OrbitQuantConfig, fusion
 from orbitdit.kernels import reference
-from orbitdit.linear import SharedInput
+from orbitdit.linear import SharedInput, share_inputs
 from orbitdit.model import dequantize_, set_grid_
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -42,7 +42,7 @@ def kernels_everywhere(monkeypatch):
         def __init__(self, x):
             self.dtype, self.device = x.dtype, x.device
 
-    monkeypatch.setattr(fusion, "_ready", lambda x, layers: ready(OnCuda(x), layers))
+    monkeypatch.setattr(fusion, "_ready", lambda x, *modules: ready(OnCuda(x), *modules))
 
 
 @pytest.fixture
@@ -226,6 +226,28 @@ def test_what_is_unusual_runs_as_it_was(name, change, used):
 
 @pytest.mark.usefixtures("kernels_everywhere")
 @torch.no_grad()
+def test_hooks_see_what_they_are_on(used):
+    """A module that is watched runs as diffusers has it, and so does its block; the others stay fused."""
+    family, model = FAMILIES["flux"], quantized("flux")
+    block, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
+    for watched in (block.attn.to_q, block.ff.net[2], block.norm2, single.norm, single.act_mlp, single.proj_out):
+        seen = []
+        handles = [
+            watched.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0])),
+            watched.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y)),
+        ]
+        output = family.run(model)
+        for handle in handles:
+            handle.remove()
+        assert len(seen) == 2
+        assert used.pop("layer_norm") >= 6
+        used.clear()
+        assert relative(output, family.run(model)) <= 0.03
+        used.clear()
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
 def test_another_attention_processor_gets_normalized_tokens(used):
     family, model = FAMILIES["flux"], quantized("flux")
     with_other_processor(model)
@@ -353,7 +375,7 @@ def sharing_layers():
     layers = [OrbitLinear.from_linear(nn.Linear(64, 32, bias=False).bfloat16(), 4, 4) for _ in range(2)]
     for layer in layers:
         layer.set_grid(2, False)
-    orbitdit.linear.share_inputs(layers)
+    share_inputs(layers)
     return layers
 
 
@@ -391,6 +413,22 @@ def test_held_outputs_are_of_the_modulated_tokens():
     assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
     assert not shared.held
     assert not torch.equal(layers[0](x), expected[0])
+
+
+@pytest.mark.parametrize("misuse", ["twice", "changed"])
+def test_what_is_held_is_never_taken_for_something_else(misuse):
+    layers = [OrbitLinear.from_linear(nn.Linear(64, 32).bfloat16(), 4, 4) for _ in range(2)]
+    for layer in layers:
+        layer.set_grid(2, False)
+    share_inputs(layers)
+    x, ones = torch.randn(3, 64).bfloat16(), torch.ones(1, 64).bfloat16()
+    layers[0].shared_input.hold(x, "layer_norm", ones, ones)
+    if misuse == "twice":
+        layers[0](x)
+    else:
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="held for one call of each layer"):
+        layers[0](x)
 
 
 def test_the_norms_of_z_image_are_those_that_the_kernel_has():

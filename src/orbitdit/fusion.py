@@ -3,7 +3,8 @@
 A norm with AdaLN's modulation, and the GELU or gated SiLU of a feed-forward, directly precede a quantized layer; the
 kernel that encodes its tokens can compute them on the way, and what lies between is never written to memory. A block
 that can is given a class of the same name with a forward pass of its own, which falls back to the original's wherever
-it must: on devices without kernels, for gradients, for adapters, for attention processors that are not the model's own.
+it must: on devices without kernels, for gradients, adapters and hooks, for attention processors that are not the
+model's own.
 """
 
 import inspect
@@ -63,13 +64,16 @@ def _revive(base: Any) -> nn.Module:
     return _fused(base).__new__(_fused(base))
 
 
-def _ready(x: Tensor, layers: Iterable[nn.Module]) -> bool:
-    """Whether kernels run all of `layers` on what is like `x`, and nobody asks for gradients: of `x`, of the text or of
-    the modulation, which kernels would cut off."""
+def _ready(x: Tensor, layers: Iterable[nn.Module], bypassed: Iterable[nn.Module] = ()) -> bool:
+    """Whether kernels run all of `layers` on what is like `x`, nobody watches them or the modules that are `bypassed`,
+    and nobody asks for gradients: of `x`, of the text or of the modulation, which kernels would cut off."""
     if not x.is_cuda or torch.is_grad_enabled():
         return False
     for layer in layers:
-        if type(layer) is not OrbitLinear or is_hooked(layer) or layer.grid_for(x) == EXACT:
+        if type(layer) is not OrbitLinear or layer.grid_for(x) == EXACT:
+            return False
+    for module in (*layers, *bypassed):
+        if is_hooked(module) or module._forward_pre_hooks or module._forward_hooks:
             return False
     return True
 
@@ -102,7 +106,8 @@ def _feed_forward(feed_forward: Any, x: Tensor, before: str = "", *extras: Tenso
 
 def feed_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """diffusers' FeedForward: GELU inside the encoding of the second layer."""
-    if args or kwargs or not (_has_gelu(self) and _ready(hidden_states, (self.net[0].proj, self.net[2]))):
+    usual = _has_gelu(self) and not args and not kwargs
+    if not (usual and _ready(hidden_states, (self.net[0].proj, self.net[2]), (self.net[0], self.net[1]))):
         return self.unfused_forward(hidden_states, *args, **kwargs)
     return _feed_forward(self, hidden_states)
 
@@ -160,7 +165,8 @@ def flux_single_block(
         and type(gelu) is nn.GELU
         and gelu.approximate == "tanh"
     )
-    shared = _shared(members) if usual and _ready(hidden_states, (*members, self.proj_out)) else None
+    ready = usual and _ready(hidden_states, (*members, self.proj_out), (norm, norm.norm, gelu))
+    shared = _shared(members) if ready else None
     if shared is None:
         given = hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         return self.unfused_forward(*given)
@@ -190,7 +196,9 @@ def flux_block(
     known = _known_attention(attention, "FluxAttnProcessor")
     usual = known and all(map(_plain_norm, norms)) and all(map(_has_gelu, streams))
     layers = (*members, *context_members, *(layer for ff in streams for layer in (ff.net[0].proj, ff.net[2])))
-    ready = usual and self.norm1.emb is None and self.norm1_context.emb is None and _ready(hidden_states, layers)
+    bypassed = (*norms, self.norm1, self.norm1_context, *(m for ff in streams for m in (ff, ff.net[0], ff.net[1])))
+    usual = usual and self.norm1.emb is None and self.norm1_context.emb is None
+    ready = usual and _ready(hidden_states, layers, bypassed)
     shared, context_shared = (_shared(members), _shared(context_members)) if ready else (None, None)
     if shared is None or context_shared is None:
         given = hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
@@ -236,7 +244,7 @@ def z_image_block(
     known = _known_attention(attention, "ZSingleStreamAttnProcessor") and _has_silu(ff)
     known = known and all(_plain_rms_norm(norm, x) for norm in norms)
     alike = noise_mask is None and (not self.modulation or (adaln_input is not None and adaln_input.dtype == x.dtype))
-    ready = known and alike and _ready(x, (*members, *gated, ff.w2))
+    ready = known and alike and _ready(x, (*members, *gated, ff.w2), (*norms, ff))
     shared, gated_shared = (_shared(members), _shared(gated)) if ready else (None, None)
     if shared is None or gated_shared is None:
         given = x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean
@@ -256,7 +264,8 @@ def wan_block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, t
     members = attention.to_q, attention.to_k, attention.to_v
     known = _known_attention(attention, "WanAttnProcessor") and _has_gelu(ff) and temb.ndim == 3
     usual = known and _plain_norm(self.norm1) and _plain_norm(self.norm3)
-    ready = usual and _ready(hidden_states, (*members, ff.net[0].proj, ff.net[2]))
+    bypassed = self.norm1, self.norm3, ff, ff.net[0], ff.net[1]
+    ready = usual and _ready(hidden_states, (*members, ff.net[0].proj, ff.net[2]), bypassed)
     shared = _shared(members) if ready else None
     if shared is None:
         return self.unfused_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)

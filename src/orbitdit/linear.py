@@ -44,19 +44,22 @@ class SharedInput:
 
     def __init__(self, members: tuple["OrbitLinear", ...]):
         self.members = members
-        self.held: dict[int, tuple[Tensor, int, int, list[Tensor | None]]] = {}
+        self.held: dict[int, tuple[Tensor, int, int, list[Tensor | None], str]] = {}
 
     def output(self, place: int, x: Tensor, grid: int) -> Tensor:
         """The output of member number `place` for `x` (..., dim)."""
         thread, version, output = _thread(), _version(x), None
         held = self.held.get(thread)
-        if held is not None and held[0] is x and held[1] == version and held[2] == grid:
-            output = held[3][place]
+        if held is not None and held[0] is x:
+            if held[1] == version and held[2] == grid:
+                output = held[3][place]
+            if output is None and held[4]:
+                raise RuntimeError("what a layer shares was held for one call of each layer, with its input unchanged")
         if held is None or output is None:
             for member in self.members:
                 if is_hooked(member) or member.codes.device != x.device:  # its weight is there when it is called
                     return _project(self.members[place : place + 1], x, grid)[0]
-            held = (x, version, grid, list(_project(self.members, x, grid)))
+            held = (x, version, grid, list(_project(self.members, x, grid)), "")
             self.held[thread], output = held, held[3][place]
         held[3][place] = None  # the caller's own, to write to
         for left in held[3]:
@@ -69,9 +72,10 @@ class SharedInput:
 
     def hold(self, x: Tensor, before: str, *extras: Tensor) -> None:
         """Compute the outputs for what `reference.apply_before` makes of `x`, to be given when members are called
-        with `x` itself. All members must be on the device of `x`, and all be called."""
+        with `x` itself. All members must be on the device of `x`, and all be called, once each: RuntimeError else."""
         grid = self.members[0].grid_for(x)
-        self.held[_thread()] = (x, _version(x), grid, list(_project(self.members, x, grid, before, extras)))
+        outputs: list[Tensor | None] = list(_project(self.members, x, grid, before, extras))
+        self.held[_thread()] = (x, _version(x), grid, outputs, before)
 
     def __getstate__(self) -> dict:
         return {"members": self.members, "held": {}}
@@ -92,9 +96,9 @@ def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
             layer.shared_input, layer.shared_place = shared, place
 
 
-def is_hooked(layer: "OrbitLinear") -> bool:
-    """Whether accelerate or diffusers moves the weight of this very layer, perhaps still while another one runs."""
-    own = layer.__dict__
+def is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers moves the weights of this very module, perhaps still while another one runs."""
+    own = module.__dict__
     return "_hf_hook" in own or "_diffusers_hook" in own
 
 
