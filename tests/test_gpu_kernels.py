@@ -207,6 +207,7 @@ def test_trellis_codes_are_those_of_the_cpu(bits, states):
     for rows, dim in ((3, 3072), (5, 1920), (1, 15360), (1500, 63), (12_000 if states == 8 else 1, 17), (0, 64)):
         z = random(rows, dim, seed=dim)
         codes = trellis.encode(z.to(CUDA), bits, states)
+        assert same(codes.cpu(), trellis.viterbi(z, trellis.table(bits, states).float(), bits))
         assert same(codes.cpu(), trellis.encode(z, bits, states))
         assert same(codes, trellis.encode(z.to(CUDA), bits, states))
 

@@ -209,3 +209,20 @@ def test_a_damaged_file_of_tables_is_refused(monkeypatch, tmp_path):
         assert "\n" not in str(caught.value)
     damaged.write_bytes(good)
     assert len(trellis._tables.__wrapped__()) == len(ALL)
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "gpus", "where"),
+    [
+        ("cpu", "13.0", 1, "cuda:0"),
+        ("cpu", "13.0", 0, "cpu"),
+        ("cpu", None, 1, "cpu"),
+        ("cuda:1", "13.0", 2, "cuda:1"),
+        ("meta", "13.0", 1, "meta"),
+    ],
+)
+def test_weights_on_a_cpu_are_searched_on_a_gpu_if_there_is_one(device, cuda, gpus, where, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert trellis.search_device(torch.device(device)) == torch.device(where)

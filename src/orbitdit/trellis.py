@@ -84,8 +84,21 @@ def on_grid(bits: int, states: int, grid: str) -> tuple[Tensor, float]:
 
 
 def encode(z: Tensor, bits: int, states: int) -> Tensor:
-    """Codes (rows, dim) uint8, on the device of `z` (rows, dim) fp32, of rows whose coordinates are about N(0, 1)."""
-    return torch.ops.orbitdit.viterbi(z, table_on(bits, states, z.device, torch.float32), bits)
+    """Codes (rows, dim) uint8, on the device of `z` (rows, dim) fp32, of rows whose coordinates are about N(0, 1).
+
+    The codes are the same on every device, and a CPU takes a thousand times as long: it leaves them to a GPU if there
+    is one.
+    """
+    device = search_device(z.device)
+    points = table_on(bits, states, device, torch.float32)
+    return torch.ops.orbitdit.viterbi(z.to(device), points, bits).to(z.device)
+
+
+def search_device(device: torch.device) -> torch.device:
+    """Where codes of weights on `device` are searched."""
+    if device.type == "cpu" and torch.version.cuda is not None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def windows(codes: Tensor, bits: int, states: int) -> Tensor:
