@@ -39,6 +39,7 @@ TRELLIS_DECODE = ((3072, 3072), (12288, 3072), (3072, 15360))
 TRELLISES = ((2, 8), (2, 10), (2, 12), (3, 12), (4, 12))
 """Bits, and log2 of the states."""
 VITERBI = ((3072, 3072), (3072, 15360))
+VITERBI_ON_CPU = ((64, 3072),)
 VITERBI_BITS = (2, 3, 4)
 ENCODE_BITS = 4
 SAMPLE = 256
@@ -259,8 +260,9 @@ def cases(device: str) -> list[Case]:
     decodes = [Decode(rows, width, bits, device) for rows, width in DECODE for bits in DECODE_BITS]
     decodes += [Decode(*shape, bits, device, states) for shape in TRELLIS_DECODE for bits, states in TRELLISES]
     both = [Before(*sizes, device) for sizes in BEFORE] if device == "cuda" else []
+    shapes = VITERBI if device == "cuda" else VITERBI_ON_CPU
     searches = [
-        Viterbi(*shape, bits, states, device) for shape in VITERBI for bits in VITERBI_BITS for states in TRELLIS_STATES
+        Viterbi(*shape, bits, states, device) for shape in shapes for bits in VITERBI_BITS for states in TRELLIS_STATES
     ]
     compared = [Case(made.name, PROVIDERS, made.open) for made in (*encodes, *decodes)]
     compared += [Case(made.name, ("copy", APART, TOGETHER), made.open) for made in both]

@@ -75,7 +75,7 @@ PROVIDERS = {
     "W4A4 compiled": Provider(ours("w4a4"), 0.6, "e4m3", compiled=True),
     "torchao float8 compiled": Provider(torchao_float8, 0.3, "e4m3", compiled=True),
     "W4A4": Provider(ours("w4a4"), 0.6, "e4m3", compiled=False),
-    "W2A4 compiled": Provider(ours("w2a4"), 1.0, "e4m3", compiled=True),
+    "W2A4 trellis compiled": Provider(ours("w2a4"), 1.0, "e4m3", compiled=True),
     "orbitquant W4A4": Provider(orbitquant, 0.6, "int8", compiled=False),
 }
 """In the order of what must be known first."""

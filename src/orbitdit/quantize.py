@@ -92,7 +92,7 @@ def weight_points(dim: int, bits: int, states: int, device: torch.device, dtype:
 def weight_points_on(dim: int, bits: int, states: int, grid: str) -> tuple[Tensor, float]:
     """`weight_points` on the number grid "e4m3" or "int8", fp64 on the CPU."""
     if states:
-        values, unit = trellis.on_grid(bits, states, grid)
+        values, unit = trellis.on_grid(bits, states)
         return values, unit * dim**-0.5
     scalar = on_grid(dim, bits, grid, False)
     return scalar.values, scalar.scale

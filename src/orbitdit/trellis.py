@@ -77,9 +77,9 @@ def check(bits: int, states: int) -> None:
 
 
 @shared
-def on_grid(bits: int, states: int, grid: str) -> tuple[Tensor, float]:
-    """`values` (2**states,) fp64, whole numbers up to 120 that are exact in e4m3 and int8, and `scale`: T = scale *
-    values. Both grids take the same ones."""
+def on_grid(bits: int, states: int) -> tuple[Tensor, float]:
+    """`values` (2**states,) fp64, whole numbers up to 120 that are exact in e4m3 and in int8, and `scale`: T = scale *
+    values."""
     return table(bits, states) / UNIT, UNIT
 
 

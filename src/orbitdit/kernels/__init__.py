@@ -185,23 +185,9 @@ def _project_on_cpu(
 
 
 def _encode_decode_on_cpu(
-    x,
-    codes,
-    scales,
-    biases,
-    bits,
-    states,
-    activation_bits,
-    seed,
-    grid,
-    before,
-    extras,
-    values,
-    token_scales,
-    weight,
-    row_scales,
-    bias,
+    x, codes, scales, biases, bits, states, activation_bits, seed, grid, before, extras, *outputs
 ):
+    values, token_scales, weight, row_scales, bias = outputs
     encoded = cpu.rotate_encode(_tokens(x, before, extras), activation_bits, _seed(seed), _NAMES[grid])
     values.copy_(encoded[0])
     token_scales.view(-1).copy_(encoded[1])
@@ -216,23 +202,9 @@ def _encode_decode_on_cpu(
 
 
 def _encode_decode_on_cuda(
-    x,
-    codes,
-    scales,
-    biases,
-    bits,
-    states,
-    activation_bits,
-    seed,
-    grid,
-    before,
-    extras,
-    values,
-    token_scales,
-    weight,
-    row_scales,
-    bias,
+    x, codes, scales, biases, bits, states, activation_bits, seed, grid, before, extras, *outputs
 ):
+    values, token_scales, weight, row_scales, bias = outputs
     _check_devices(x, codes)
     encoding = _flat(x), activation_bits, _seed(seed), _NAMES[grid], values, token_scales, None, before
     rotate_encode_cuda.rotate_encode_into(*encoding, [_flat(t) for t in extras])

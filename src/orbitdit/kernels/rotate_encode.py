@@ -106,7 +106,7 @@ def rotate_encode_into(
     tokens, dim = values.shape
     if not tokens:
         return
-    first = extras[0].shape[1] if before == "gelu" and extras else 0
+    first = dim - x.shape[1]  # channels before the activation
     launch = _launcher(dim, bits, seed, grid, x.dtype == torch.float16, tile, x.device.index, before, first)
     if not before:
         launch(readable(x).data_ptr(), values.data_ptr(), scales.data_ptr(), tokens)
