@@ -160,7 +160,7 @@ def test_the_search_for_trellis_codes_is_measured_in_weights(run, tmp_path):
     (folder / "a.jsonl").write_text(json.dumps(line | {"weights_s": 10**9, "median_us": 7.68}))
     text = report.page(report.read(folder))
     assert "| viterbi | 7.7 |" in text
-    assert "| 1.000 G weights/s: FLUX.1-dev in 8.6 s | - |" in text
+    assert "| 1,000 M weights/s: FLUX.1-dev in 8.6 s | - |" in text
 
 
 def test_the_weights_of_flux_are_those_of_its_rotated_layers():

@@ -86,8 +86,8 @@ def on_grid(bits: int, states: int) -> tuple[Tensor, float]:
 def encode(z: Tensor, bits: int, states: int) -> Tensor:
     """Codes (rows, dim) uint8, on the device of `z` (rows, dim) fp32, of rows whose coordinates are about N(0, 1).
 
-    The codes are the same on every device, and a CPU takes a thousand times as long: it leaves them to a GPU if there
-    is one.
+    The codes are the same on every device, and a CPU takes some thousand times as long: it leaves them to a GPU if
+    there is one.
     """
     device = search_device(z.device)
     points = table_on(bits, states, device, torch.float32)
