@@ -90,7 +90,8 @@ def share(row: Row) -> str:
 
 def achieved(row: Row) -> str:
     if "weights_s" in row:
-        return f"{row['weights_s'] / 1e6:,.4g} M weights/s: FLUX.1-dev in {FLUX_WEIGHTS / row['weights_s']:,.1f} s"
+        rate = row["weights_s"] / 1e6
+        return f"{rate:,.{0 if rate > 10 else 2}f} M weights/s: FLUX.1-dev in {FLUX_WEIGHTS / row['weights_s']:,.1f} s"
     if "tflops" in row:
         return f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] >= 10 else f"{row['tflops']:.2f} TFLOP/s"
     return f"{row['tbps']:.2f} TB/s"
