@@ -110,16 +110,18 @@ class Activation(NamedTuple):
         """`x` (..., dim) rounded to its grid, in its dtype."""
         if self.bits == 16:
             return x
-        groups = x.float().unflatten(-1, (-1, self.group or x.shape[-1]))
-        if not self.symmetric:
-            low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)
-            scale = ((high - low) / (2**self.bits - 1)).clamp_(min=1e-20)
-            zero = (low / scale).round_()
-            codes = (groups / scale).round_().sub_(zero).clamp_(0, 2**self.bits - 1).add_(zero)
-            return (codes * scale).flatten(-2).to(x.dtype)
-        signed, full = 2 ** (self.bits - 1) - 1, 2**self.bits - 1
-        unsigned = torch.zeros(1, dtype=torch.bool, device=x.device) if self.unsigned is None else self.unsigned
-        most = torch.where(unsigned, full, signed)[:, None].float()
-        scale = (groups.abs().amax(-1, keepdim=True) * self.clip / most).clamp_(min=1e-20)
-        codes = (groups / scale).round_().clamp_(min=torch.where(unsigned, 0, -signed - 1)[:, None].float(), max=most)
-        return (codes * scale).flatten(-2).to(x.dtype)
+        half, full = 2 ** (self.bits - 1), 2**self.bits - 1
+        groups = x.float().reshape(-1, self.group or x.shape[-1])
+        if self.symmetric:
+            unsigned = torch.zeros(1, dtype=torch.bool, device=x.device) if self.unsigned is None else self.unsigned
+            unsigned = unsigned.repeat(len(groups) // len(unsigned))
+            largest = torch.linalg.vector_norm(groups, torch.inf, dim=-1) * self.clip
+            scale, zero = largest / torch.where(unsigned, full, half - 1), torch.where(unsigned, -half, 0)
+        else:
+            low, high = groups.aminmax(dim=-1)
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            scale = (high - low) / full
+            zero = -half - (low / scale.clamp(min=1e-20)).round()
+        scale = scale.clamp(min=1e-20)
+        rounded = torch.fake_quantize_per_channel_affine(groups, scale, zero.int(), 0, -half, half - 1)
+        return rounded.view(x.shape).to(x.dtype)

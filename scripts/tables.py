@@ -75,7 +75,7 @@ def speed() -> str:
         base, ours = found.get((case, "bf16 compiled")), found.get((case, "W4A4 compiled"))
         if base is None or ours is None:
             continue
-        kinds = [f"{kind} compiled" for kind in ("bf16", "torchao float8", "W4A4", "W2A4")]
+        kinds = [f"{kind} compiled" for kind in ("bf16", "torchao float8", "W4A4", "W2A4 trellis")]
         memory = [f"{found[case, kind]['peak_gb']:.1f}" if (case, kind) in found else "-" for kind in kinds]
         gains = [gain(found, case, kind, "bf16 compiled") for kind in kinds[2:] + kinds[1:2]]
         eager = gain(found, case, "W4A4", "bf16")
