@@ -1,0 +1,314 @@
+"""What was tried beyond the default recipe, each as a change of one thing: `python -m scripts.quality --variants`.
+
+A variant's layer holds an `OrbitLinear` (its codes, its scales, its bytes) of the weight W' = B W, where B is an
+orthogonal transform of the inputs in front of the recipe's own rotation R, and computes in plain torch
+
+    y_i = n_i * t * <c_W(i), c_A(R B x)> + bias_i
+
+on the points of e4m3, on any device, as `orbitdit` computes on a GPU: products of points are exact, sums in fp32. The
+variant "base" changes nothing: the codes are those of `quantize_`, and so is every other figure but for rounding.
+
+All variants store the same bits as the default recipe, or a little less where they are allotted. All but two see no
+activations ahead: those with a mean of the model's own look at pictures that it makes from noise without a prompt,
+which takes no data and yet is a pass of the model.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from orbitdit import OrbitLinear, OrbitQuantConfig, plan
+from orbitdit.codebook import look_up, nearest, on_grid
+from orbitdit.errors import ConfigError
+from orbitdit.kernels.reference import decode, normalize
+from orbitdit.model import linear_named, quantize_layer, replace_module
+from orbitdit.policy import LayerPlan
+from orbitdit.quantize import check_weight, dequantize_weight, quantize_weight
+from orbitdit.rotation import rotation
+
+GRID = "e4m3"
+E4M3_MAX = 448.0
+STEPS = (0.85, 0.92, 1.0, 1.08, 1.16)
+"""Multiples of the codebook that "token-search" tries on each token."""
+SEEDS_TRIED = 8
+TRELLIS_ERRORS = {2: 0.0709, 3: 0.0185, 4: 0.0049}
+"""Squared error of 2^12 states on normal rows, by bits (see `orbitdit.trellis`)."""
+
+Transform = Callable[[Tensor], Tensor]
+"""An orthogonal transform of rows (..., dim), in their dtype."""
+
+
+class Codebook(NamedTuple):
+    """An activation's codebook on the grid: point k is `scale` * `values`[k]; in fp32, on a device."""
+
+    values: Tensor
+    boundaries: Tensor
+    scale: float
+
+
+def codebook_of(dim: int, bits: int, device: torch.device) -> Codebook:
+    """The one that `orbitdit` encodes tokens with on a GPU."""
+    found = on_grid(dim, bits, GRID, True)
+    return Codebook(found.values.float().to(device), found.boundaries.float().to(device), found.scale)
+
+
+# Each takes rotated tokens u (tokens, dim) of norm 1 (or 0) in fp32, and gives values (tokens, dim) on the grid and
+# factors (tokens, 1), or one for all, such that values * factors stand for u.
+Tokens = Callable[[Tensor, Codebook], tuple[Tensor, Tensor]]
+
+
+def by_norm(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """The paper's scale: the norm alone."""
+    return look_up(nearest(u, codebook.boundaries), codebook.values), u.new_full((1, 1), codebook.scale)
+
+
+def unbiased(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """<u, u> / <u, q>: what stands for u has the product <u, u> with it, as a weight's row has."""
+    q = by_norm(u, codebook)[0]
+    return q, _ratio(u.square().sum(-1, True), (u * q).sum(-1, True), codebook.scale)
+
+
+def least_squares(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """<u, q> / <q, q>: the scale of least squared error for these codes."""
+    q = by_norm(u, codebook)[0]
+    return q, _ratio((u * q).sum(-1, True), q.square().sum(-1, True), codebook.scale)
+
+
+def searched(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """Of codes on STEPS multiples of the codebook, those whose direction is nearest to u's, then as `unbiased`.
+
+    With its best scale a code q errs by <u, u> - <u, q>^2 / <q, q>.
+    """
+    best, most = torch.zeros_like(u), u.new_zeros(len(u), 1)
+    for step in STEPS:
+        q = by_norm(u / step, codebook)[0]
+        along = (u * q).sum(-1, True).square() / q.square().sum(-1, True)
+        best, most = torch.where(along > most, q, best), torch.maximum(along, most)
+    return best, _ratio(u.square().sum(-1, True), (u * best).sum(-1, True), codebook.scale)
+
+
+def finely(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """The points of e4m3 nearest to each coordinate, 8 bits: for the one mean token of a picture."""
+    scale = u.abs().amax(-1, True) / E4M3_MAX
+    return (u / scale.where(scale > 0, 1)).to(torch.float8_e4m3fn).float(), scale
+
+
+def _ratio(above: Tensor, below: Tensor, otherwise: float) -> Tensor:
+    return torch.where(below > 0, above / below.where(below > 0, 1), otherwise)
+
+
+def nothing(dim: int, seed: int) -> Transform | None:
+    """No transform in front of the rotation."""
+    return None
+
+
+def another_round(dim: int, seed: int) -> Transform:
+    """A whole rotation, of another seed, in front of the first."""
+    return rotation(dim, seed ^ 1 << 63).apply
+
+
+def across_blocks(dim: int, seed: int) -> Transform | None:
+    """What makes the rotation a Kronecker product: with the Hartley matrix C of order d/h, R B = (C x H_h) S P.
+
+    C mixes coordinates of the same place over the blocks, behind permutation P and signs S, where it commutes with the
+    Hadamard matrices; it has no zeros for odd orders, so that each output takes of every input. None for one block.
+    """
+    r = rotation(dim, seed)
+    order = dim // r.block_size
+    if order == 1:
+        return None
+    matrix = hartley(order)
+
+    def apply(x: Tensor) -> Tensor:
+        place, signs = r.permutation.to(x.device), r.signs.to(x.device, x.dtype)
+        blocks = (x.index_select(-1, place) * signs).unflatten(-1, (order, r.block_size))
+        mixed = (matrix.to(x.device, x.dtype) @ blocks).flatten(-2) * signs
+        return torch.empty_like(x).index_copy_(-1, place, mixed)
+
+    return apply
+
+
+def hartley(order: int) -> Tensor:
+    """The symmetric orthogonal matrix cas(2 pi j k / order) / sqrt(order), cas = cos + sin, fp64."""
+    steps = torch.arange(order, dtype=torch.float64)
+    angle = steps[:, None] * steps % order * (2 * math.pi / order)
+    return (angle.cos() + angle.sin()) * order**-0.5
+
+
+def allotted(model: nn.Module, rows: Sequence[LayerPlan], bits: int) -> dict[str, int]:
+    """Bits (2, 3, 4) of each layer's weights, on average over all weights at most `bits`.
+
+    Reverse water-filling on what the weights tell alone: white inputs of unit variance make layer l err by
+    D(b) * ||W_l||^2. Bits go, one at a time, to the layer where one saves most a stored bit; D is convex, so that
+    this is the best there is, but for the last few bits that fit nowhere.
+    """
+    energy = {row.name: float(linear_named(model, row.name).weight.double().square().mean()) for row in rows}
+    found = {row.name: min(TRELLIS_ERRORS) for row in rows}
+    left = sum(row.weights for row in rows) * (bits - min(TRELLIS_ERRORS))
+
+    def saved(row: LayerPlan) -> float:
+        return energy[row.name] * (TRELLIS_ERRORS[found[row.name]] - TRELLIS_ERRORS[found[row.name] + 1])
+
+    while fitting := [r for r in rows if found[r.name] + 1 in TRELLIS_ERRORS and r.weights <= left]:
+        row = max(fitting, key=saved)
+        found[row.name] += 1
+        left -= row.weights
+    return found
+
+
+class Variant(NamedTuple):
+    """How a variant differs from the default recipe. `bits`: the settings that it is measured at. `before` makes the
+    transform of (dim, seed); `centred`: each picture's mean token is taken off before encoding and multiplied in 8
+    bits; `own_mean`: the weights' error on the mean of unprompted pictures' activations is taken off the bias; `seeds`:
+    how many rotations are tried on each layer, for the least error of its weight; `allotted`: see `allotted`."""
+
+    title: str
+    tokens: Tokens = by_norm
+    before: Callable[[int, int], Transform | None] = nothing
+    centred: bool = False
+    own_mean: bool = False
+    seeds: int = 1
+    allotted: bool = False
+    bits: tuple[str, ...] = ("W2A4", "W3A3")
+
+
+VARIANTS = {
+    "base": Variant("the default recipe, by the same code"),
+    "token-mean": Variant("mean token apart", centred=True),
+    "two-rounds": Variant("two rounds of rotation", before=another_round),
+    "cross-blocks": Variant("Hartley matrix across blocks", before=across_blocks),
+    "token-unbiased": Variant("unbiased token scale", unbiased),
+    "token-least-squares": Variant("least-squares token scale", least_squares),
+    "token-search": Variant("token scale searched, unbiased", searched),
+    # No code has less than 2 bits: at 2 bits there is nothing to take from.
+    "allotted": Variant("weight bits allotted, 2 to 4", allotted=True, bits=("W3A3",)),
+    "best-seed": Variant("best of 8 rotations a layer", seeds=SEEDS_TRIED),
+    "own-mean": Variant("bias for the mean of unprompted pictures", own_mean=True),
+    "mean-two-rounds": Variant("mean token apart, two rounds", before=another_round, centred=True),
+    "mean-unbiased": Variant("mean token apart, unbiased token scale", unbiased, centred=True),
+    "both-means": Variant("mean token apart, bias for the mean", centred=True, own_mean=True),
+}
+"""In the order in which they are measured: the most telling first, combinations last."""
+
+
+class VariantLinear(nn.Module):
+    """See the module's docstring; takes (..., in) in any floating dtype and gives (..., out) in the same."""
+
+    def __init__(self, coded: OrbitLinear, variant: Variant, mix: Transform):
+        super().__init__()
+        self.coded, self.variant, self.mix = coded, variant, mix
+        self.in_features, self.out_features = coded.in_features, coded.out_features
+        device = coded.codes.device
+        self.codebook = codebook_of(coded.in_features, coded.activation_bits, device)
+        packed = coded.codes, coded.scales, coded.weight_bits, coded.in_features, GRID, coded.states
+        values, scales = decode(*packed)
+        # Points of e4m3 are exact in bf16 too.
+        self.register_buffer("values", values.to(torch.bfloat16 if device.type == "cuda" else torch.float32))
+        self.register_buffer("row_scales", scales)
+
+    values: Tensor
+    row_scales: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The stand-in of `OrbitLinear`."""
+        return self.coded.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.float()
+        if self.variant.centred and x.ndim > 2:
+            mean = rows.mean(-2, keepdim=True)
+            y = self.project(rows - mean, self.variant.tokens) + self.project(mean, finely)
+        else:
+            y = self.project(rows, self.variant.tokens)
+        bias = self.coded.bias
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def project(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """The product (..., out), fp32, of what `tokens` makes of `x` (..., in) and the coded weight."""
+        unit, norm = normalize(x.reshape(-1, self.in_features))
+        values, factors = tokens(self.mix(unit), self.codebook)
+        y = product(values, self.values) * (norm * factors) * self.row_scales
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def product(values: Tensor, weight: Tensor) -> Tensor:
+    """values (tokens, dim) and weight (rows, dim), both points of the grid, to (tokens, rows); sums in fp32."""
+    if values.is_cuda:
+        return torch.mm(values.to(torch.bfloat16), weight.T, out_dtype=torch.float32)
+    return values @ weight.T
+
+
+def variant_layer(
+    linear: nn.Linear, row: LayerPlan, variant: Variant, seed: int, mean: Tensor | None = None
+) -> VariantLinear:
+    """`linear` as `row` plans it, on its device. `mean` (in,) of its inputs is needed for `own_mean`."""
+    made = [_coded(linear, row, variant, seed + (number << 32)) for number in range(variant.seeds)]
+    layer = min(made, key=lambda one: one[0])[1] if len(made) > 1 else made[0][1]
+    if variant.own_mean:
+        if mean is None:
+            raise ConfigError(f"{row.name} has no mean of its inputs: calibrate the model that is quantized")
+        error = linear.weight.float() @ mean - layer.values.float() @ layer.mix(mean) * layer.row_scales
+        bias = error if linear.bias is None else linear.bias.float() + error
+        layer.coded.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+    return layer
+
+
+def _coded(linear: nn.Linear, row: LayerPlan, variant: Variant, seed: int) -> tuple[float, VariantLinear]:
+    """The layer with the rotation of `seed`, and the squared error of its weight if several are tried."""
+    dim, rotate = row.in_features, rotation(row.in_features, seed).apply
+    before = variant.before(dim, seed)
+    weight = linear.weight.detach() if before is None else before(linear.weight.detach().double())
+    options = row.weight_bits, seed, f"{row.name}.weight"
+    quantized = quantize_weight(weight, *options, states=row.states, scale=row.scale)
+    error = 0.0
+    if variant.seeds > 1:
+        stood_for = dequantize_weight(quantized, row.weight_bits, dim, seed, row.states)
+        error = float((stood_for - weight.float()).square().sum())
+    coded = OrbitLinear(
+        dim,
+        row.out_features,
+        linear.bias,
+        weight_bits=row.weight_bits,
+        activation_bits=row.activation_bits,
+        states=row.states,
+        seed=seed,
+        quantized=quantized,
+    )
+    return error, VariantLinear(coded, variant, rotate if before is None else lambda x: rotate(before(x)))
+
+
+@torch.no_grad()
+def quantize_variant_(
+    model: nn.Module, name: str, bits: str, seed: int = 0, means: Mapping[str, Tensor] | None = None
+) -> None:
+    """Quantize `model` in place by the variant `name` of VARIANTS at `bits` ("w2a4"), layer by layer on its device.
+
+    Modulation layers become INT4, as `orbitdit.quantize_` makes them. `means` (in,) by layer are needed for variants
+    with `own_mean`. Raises ConfigError for an unknown variant, for bits that it is not for and for a missing mean, and
+    as `orbitdit.quantize_` does; the model is unchanged then.
+    """
+    if name not in VARIANTS:
+        raise ConfigError(f"variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
+    variant = VARIANTS[name]
+    config = OrbitQuantConfig(bits, seed=seed)
+    if config.label not in variant.bits:
+        raise ConfigError(f"variant {name} is for {' and '.join(variant.bits)}, not for {config.label}")
+    found = plan(model, config)
+    if variant.allotted:
+        of_layer = allotted(model, found.select("quantize"), config.weight_bits)
+        rules = [(layer, f"w{b}a{config.activation_bits}") for layer, b in of_layer.items()]
+        found = plan(model, OrbitQuantConfig(bits, seed=seed, rules=rules, trellis_bits=tuple(TRELLIS_ERRORS)))
+    made: dict[str, nn.Module] = {}
+    for row in found.select("quantize", "int4"):
+        linear = linear_named(model, row.name)
+        check_weight(linear.weight, f"{row.name}.weight")
+        if row.action == "int4":
+            made[row.name] = quantize_layer(linear, row, seed)
+        else:
+            made[row.name] = variant_layer(linear, row, variant, seed, (means or {}).get(row.name))
+    for layer, module in made.items():
+        replace_module(model, layer, module)
