@@ -171,7 +171,7 @@ class Subject:
 
 def is_calibrated(method: str) -> bool:
     """Whether a pass over the model in full precision must precede it."""
-    return method in METHODS or method in VARIANTS and VARIANTS[method].own_mean
+    return method in METHODS or (method in VARIANTS and VARIANTS[method].own_mean)
 
 
 def environment(device: str, commit: str | None) -> dict[str, Any]:

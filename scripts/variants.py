@@ -26,7 +26,7 @@ from orbitdit.errors import ConfigError
 from orbitdit.kernels.reference import decode, normalize
 from orbitdit.model import linear_named, quantize_layer, replace_module
 from orbitdit.policy import LayerPlan
-from orbitdit.quantize import check_weight, dequantize_weight, quantize_weight
+from orbitdit.quantize import check_weight, quantize_weight
 from orbitdit.rotation import rotation
 
 GRID = "e4m3"
@@ -55,14 +55,14 @@ def codebook_of(dim: int, bits: int, device: torch.device) -> Codebook:
     return Codebook(found.values.float().to(device), found.boundaries.float().to(device), found.scale)
 
 
-# Each takes rotated tokens u (tokens, dim) of norm 1 (or 0) in fp32, and gives values (tokens, dim) on the grid and
-# factors (tokens, 1), or one for all, such that values * factors stand for u.
-Tokens = Callable[[Tensor, Codebook], tuple[Tensor, Tensor]]
+Tokens = Callable[[Tensor, Codebook], tuple[Tensor, Tensor | float]]
+"""Takes rotated tokens u (..., dim) of norm 1 (or 0) in fp32, and gives values (..., dim) on the grid and factors
+(..., 1), or a number for all, such that values * factors stand for u."""
 
 
-def by_norm(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+def by_norm(u: Tensor, codebook: Codebook) -> tuple[Tensor, float]:
     """The paper's scale: the norm alone."""
-    return look_up(nearest(u, codebook.boundaries), codebook.values), u.new_full((1, 1), codebook.scale)
+    return look_up(nearest(u, codebook.boundaries), codebook.values), codebook.scale
 
 
 def unbiased(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def searched(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
 
     With its best scale a code q errs by <u, u> - <u, q>^2 / <q, q>.
     """
-    best, most = torch.zeros_like(u), u.new_zeros(len(u), 1)
+    best, most = torch.zeros_like(u), torch.zeros_like(u[..., :1])
     for step in STEPS:
         q = by_norm(u / step, codebook)[0]
         along = (u * q).sum(-1, True).square() / q.square().sum(-1, True)
@@ -194,19 +194,50 @@ VARIANTS = {
 """In the order in which they are measured: the most telling first, combinations last."""
 
 
+class Encoding:
+    """What a variant makes of tokens: layers that encode alike share one, which remembers its last input."""
+
+    def __init__(self, variant: Variant, dim: int, bits: int, seed: int, device: torch.device):
+        self.tokens, self.centred = variant.tokens, variant.centred
+        self.codebook = codebook_of(dim, bits, device)
+        self.before, self.rotation = variant.before(dim, seed), rotation(dim, seed)
+        self.last: tuple[Tensor, int] | None = None
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def mix(self, x: Tensor) -> Tensor:
+        """R B x for each row of `x` (..., dim), in its dtype."""
+        return self.rotation.apply(x if self.before is None else self.before(x))
+
+    def __call__(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Values (..., dim) on the grid and scales (..., 1), both fp32, of each part of `x` (..., dim): their sum, each
+        spread over the tokens, stands for R B x."""
+        if self.last is None or self.last[0] is not x or self.last[1] != x._version:
+            rows = x.float()
+            if self.centred and x.ndim > 2:
+                mean = rows.mean(-2, keepdim=True)
+                self.parts = [self.part(rows - mean, self.tokens), self.part(mean, finely)]
+            else:
+                self.parts = [self.part(rows, self.tokens)]
+            self.last = x, x._version
+        return self.parts
+
+    def part(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        unit, norm = normalize(x)
+        values, factors = tokens(self.mix(unit), self.codebook)
+        return values, norm * factors
+
+
 class VariantLinear(nn.Module):
     """See the module's docstring; takes (..., in) in any floating dtype and gives (..., out) in the same."""
 
-    def __init__(self, coded: OrbitLinear, variant: Variant, mix: Transform):
+    def __init__(self, coded: OrbitLinear, encoding: Encoding):
         super().__init__()
-        self.coded, self.variant, self.mix = coded, variant, mix
+        self.coded, self.encoding = coded, encoding
         self.in_features, self.out_features = coded.in_features, coded.out_features
-        device = coded.codes.device
-        self.codebook = codebook_of(coded.in_features, coded.activation_bits, device)
         packed = coded.codes, coded.scales, coded.weight_bits, coded.in_features, GRID, coded.states
         values, scales = decode(*packed)
         # Points of e4m3 are exact in bf16 too.
-        self.register_buffer("values", values.to(torch.bfloat16 if device.type == "cuda" else torch.float32))
+        self.register_buffer("values", values.to(torch.bfloat16 if values.is_cuda else torch.float32))
         self.register_buffer("row_scales", scales)
 
     values: Tensor
@@ -218,67 +249,71 @@ class VariantLinear(nn.Module):
         return self.coded.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.float()
-        if self.variant.centred and x.ndim > 2:
-            mean = rows.mean(-2, keepdim=True)
-            y = self.project(rows - mean, self.variant.tokens) + self.project(mean, finely)
-        else:
-            y = self.project(rows, self.variant.tokens)
+        parts = [product(values, self.values) * scales * self.row_scales for values, scales in self.encoding(x)]
+        y = sum(parts[1:], parts[0])
         bias = self.coded.bias
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
-    def project(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """The product (..., out), fp32, of what `tokens` makes of `x` (..., in) and the coded weight."""
-        unit, norm = normalize(x.reshape(-1, self.in_features))
-        values, factors = tokens(self.mix(unit), self.codebook)
-        y = product(values, self.values) * (norm * factors) * self.row_scales
-        return y.view(*x.shape[:-1], self.out_features)
-
 
 def product(values: Tensor, weight: Tensor) -> Tensor:
-    """values (tokens, dim) and weight (rows, dim), both points of the grid, to (tokens, rows); sums in fp32."""
+    """values (..., dim) and weight (rows, dim), both points of the grid, to (..., rows); sums in fp32."""
     if values.is_cuda:
-        return torch.mm(values.to(torch.bfloat16), weight.T, out_dtype=torch.float32)
+        flat = values.flatten(0, -2).to(torch.bfloat16)
+        return torch.mm(flat, weight.T, out_dtype=torch.float32).view(*values.shape[:-1], len(weight))
     return values @ weight.T
 
 
+Encodings = dict[tuple[int, int, int], Encoding]
+"""Of one variant on one device, by width, activation bits and seed."""
+
+
 def variant_layer(
-    linear: nn.Linear, row: LayerPlan, variant: Variant, seed: int, mean: Tensor | None = None
+    linear: nn.Linear,
+    row: LayerPlan,
+    variant: Variant,
+    seed: int,
+    mean: Tensor | None = None,
+    encodings: Encodings | None = None,
 ) -> VariantLinear:
-    """`linear` as `row` plans it, on its device. `mean` (in,) of its inputs is needed for `own_mean`."""
-    made = [_coded(linear, row, variant, seed + (number << 32)) for number in range(variant.seeds)]
-    layer = min(made, key=lambda one: one[0])[1] if len(made) > 1 else made[0][1]
+    """`linear` as `row` plans it, on its device. `mean` (in,) of its inputs is needed for `own_mean`; layers made with
+    the same `encodings` share them."""
+    weight, encodings = linear.weight.detach(), {} if encodings is None else encodings
+    best: tuple[float, VariantLinear] | None = None
+    for own in (seed + (number << 32) for number in range(variant.seeds)):
+        key = row.in_features, row.activation_bits, own
+        encoding = encodings.get(key) or Encoding(variant, *key, weight.device)
+        layer = VariantLinear(_coded(weight, linear.bias, row, encoding.before, own), encoding)
+        error = 0.0
+        if variant.seeds > 1:
+            error = float((layer.coded.dequantize() - weight.float()).square().sum())
+        if best is None or error < best[0]:
+            best = error, layer
+    assert best is not None
+    layer = best[1]
+    encodings[row.in_features, row.activation_bits, layer.coded.seed] = layer.encoding
     if variant.own_mean:
         if mean is None:
             raise ConfigError(f"{row.name} has no mean of its inputs: calibrate the model that is quantized")
-        error = linear.weight.float() @ mean - layer.values.float() @ layer.mix(mean) * layer.row_scales
-        bias = error if linear.bias is None else linear.bias.float() + error
-        layer.coded.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+        error = weight.float() @ mean - layer.values.float() @ layer.encoding.mix(mean) * layer.row_scales
+        bias = error if linear.bias is None else linear.bias.detach().float() + error
+        layer.coded.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     return layer
 
 
-def _coded(linear: nn.Linear, row: LayerPlan, variant: Variant, seed: int) -> tuple[float, VariantLinear]:
-    """The layer with the rotation of `seed`, and the squared error of its weight if several are tried."""
-    dim, rotate = row.in_features, rotation(row.in_features, seed).apply
-    before = variant.before(dim, seed)
-    weight = linear.weight.detach() if before is None else before(linear.weight.detach().double())
+def _coded(weight: Tensor, bias: Tensor | None, row: LayerPlan, before: Transform | None, seed: int) -> OrbitLinear:
+    """Codes and scales of `weight` (out, in) behind `before`."""
+    given = weight if before is None else before(weight.double())
     options = row.weight_bits, seed, f"{row.name}.weight"
-    quantized = quantize_weight(weight, *options, states=row.states, scale=row.scale)
-    error = 0.0
-    if variant.seeds > 1:
-        stood_for = dequantize_weight(quantized, row.weight_bits, dim, seed, row.states)
-        error = float((stood_for - weight.float()).square().sum())
-    coded = OrbitLinear(
-        dim,
+    return OrbitLinear(
+        row.in_features,
         row.out_features,
-        linear.bias,
+        bias,
         weight_bits=row.weight_bits,
         activation_bits=row.activation_bits,
         states=row.states,
         seed=seed,
-        quantized=quantized,
+        quantized=quantize_weight(given, *options, states=row.states, scale=row.scale),
     )
-    return error, VariantLinear(coded, variant, rotate if before is None else lambda x: rotate(before(x)))
 
 
 @torch.no_grad()
@@ -303,12 +338,13 @@ def quantize_variant_(
         rules = [(layer, f"w{b}a{config.activation_bits}") for layer, b in of_layer.items()]
         found = plan(model, OrbitQuantConfig(bits, seed=seed, rules=rules, trellis_bits=tuple(TRELLIS_ERRORS)))
     made: dict[str, nn.Module] = {}
+    encodings: Encodings = {}
     for row in found.select("quantize", "int4"):
         linear = linear_named(model, row.name)
         check_weight(linear.weight, f"{row.name}.weight")
         if row.action == "int4":
             made[row.name] = quantize_layer(linear, row, seed)
         else:
-            made[row.name] = variant_layer(linear, row, variant, seed, (means or {}).get(row.name))
+            made[row.name] = variant_layer(linear, row, variant, seed, (means or {}).get(row.name), encodings)
     for layer, module in made.items():
         replace_module(model, layer, module)
