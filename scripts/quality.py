@@ -160,9 +160,8 @@ class Subject:
         if run.method in METHODS:
             baselines.quantize_(model, run.method, run.bits.lower(), self.calibration(component), run.seed)
         elif run.method in VARIANTS:
-            known = self.calibration(component, prompted=False) if VARIANTS[run.method].own_mean else {}
-            means = {name: statistics.mean for name, statistics in known.items()}
-            quantize_variant_(model, run.method, run.bits.lower(), run.seed, means)
+            known = self.calibration(component, prompted=False) if is_calibrated(run.method) else None
+            quantize_variant_(model, run.method, run.bits.lower(), run.seed, known)
         else:
             options, grid = OURS[run.method]
             quantize_(model, OrbitQuantConfig(run.bits.lower(), seed=run.seed, **options), progress=False)
@@ -171,7 +170,7 @@ class Subject:
 
 def is_calibrated(method: str) -> bool:
     """Whether a pass over the model in full precision must precede it."""
-    return method in METHODS or (method in VARIANTS and VARIANTS[method].own_mean)
+    return method in METHODS or (method in VARIANTS and VARIANTS[method].looks)
 
 
 def environment(device: str, commit: str | None) -> dict[str, Any]:

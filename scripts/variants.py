@@ -8,9 +8,9 @@ orthogonal transform of the inputs in front of the recipe's own rotation R, and 
 on the points of e4m3, on any device, as `orbitdit` computes on a GPU: products of points are exact, sums in fp32. The
 variant "base" changes nothing: the codes are those of `quantize_`, and so is every other figure but for rounding.
 
-All variants store the same bits as the default recipe, or a little less where they are allotted. All but two see no
-activations ahead: those with a mean of the model's own look at pictures that it makes from noise without a prompt,
-which takes no data and yet is a pass of the model.
+All variants store the same bits as the default recipe, or a little less where they are allotted; only those with
+`own_balance` store a factor for each input. They, and those with `own_mean`, are not calibration-free in the strict
+sense: they look at pictures that the model makes from noise without a prompt, which takes no data and yet a pass.
 """
 
 import math
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from baselines import Statistics
 from orbitdit import OrbitLinear, OrbitQuantConfig, plan
 from orbitdit.codebook import look_up, nearest, on_grid
 from orbitdit.errors import ConfigError
@@ -162,7 +163,8 @@ def allotted(model: nn.Module, rows: Sequence[LayerPlan], bits: int) -> dict[str
 class Variant(NamedTuple):
     """How a variant differs from the default recipe. `bits`: the settings that it is measured at. `before` makes the
     transform of (dim, seed); `centred`: each picture's mean token is taken off before encoding and multiplied in 8
-    bits; `own_mean`: the weights' error on the mean of unprompted pictures' activations is taken off the bias; `seeds`:
+    bits; `own_mean`: the weights' error on the mean of unprompted pictures' activations is taken off the bias;
+    `own_balance`: see `balance_of`; `seeds`:
     how many rotations are tried on each layer, for the least error of its weight; `allotted`: see `allotted`."""
 
     title: str
@@ -170,9 +172,15 @@ class Variant(NamedTuple):
     before: Callable[[int, int], Transform | None] = nothing
     centred: bool = False
     own_mean: bool = False
+    own_balance: bool = False
     seeds: int = 1
     allotted: bool = False
     bits: tuple[str, ...] = ("W2A4", "W3A3")
+
+    @property
+    def looks(self) -> bool:
+        """Whether it needs statistics of activations."""
+        return self.own_mean or self.own_balance
 
 
 VARIANTS = {
@@ -187,9 +195,11 @@ VARIANTS = {
     "allotted": Variant("weight bits allotted, 2 to 4", allotted=True, bits=("W3A3",)),
     "best-seed": Variant("best of 8 rotations a layer", seeds=SEEDS_TRIED),
     "own-mean": Variant("bias for the mean of unprompted pictures", own_mean=True),
+    "own-balance": Variant("channels balanced by unprompted pictures", own_balance=True),
     "mean-two-rounds": Variant("mean token apart, two rounds", before=another_round, centred=True),
     "mean-unbiased": Variant("mean token apart, unbiased token scale", unbiased, centred=True),
     "both-means": Variant("mean token apart, bias for the mean", centred=True, own_mean=True),
+    "all-own": Variant("mean token apart, bias, channels balanced", centred=True, own_mean=True, own_balance=True),
 }
 """In the order in which they are measured: the most telling first, combinations last."""
 
@@ -197,8 +207,10 @@ VARIANTS = {
 class Encoding:
     """What a variant makes of tokens: layers that encode alike share one, which remembers its last input."""
 
-    def __init__(self, variant: Variant, dim: int, bits: int, seed: int, device: torch.device):
-        self.tokens, self.centred = variant.tokens, variant.centred
+    def __init__(
+        self, variant: Variant, dim: int, bits: int, seed: int, device: torch.device, balance: Tensor | None = None
+    ):
+        self.tokens, self.centred, self.balance = variant.tokens, variant.centred, balance
         self.codebook = codebook_of(dim, bits, device)
         self.before, self.rotation = variant.before(dim, seed), rotation(dim, seed)
         self.last: tuple[Tensor, int] | None = None
@@ -210,9 +222,9 @@ class Encoding:
 
     def __call__(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Values (..., dim) on the grid and scales (..., 1), both fp32, of each part of `x` (..., dim): their sum, each
-        spread over the tokens, stands for R B x."""
+        spread over the tokens, stands for R B (x / balance)."""
         if self.last is None or self.last[0] is not x or self.last[1] != x._version:
-            rows = x.float()
+            rows = x.float() if self.balance is None else x.float() / self.balance
             if self.centred and x.ndim > 2:
                 mean = rows.mean(-2, keepdim=True)
                 self.parts = [self.part(rows - mean, self.tokens), self.part(mean, finely)]
@@ -272,37 +284,53 @@ def variant_layer(
     row: LayerPlan,
     variant: Variant,
     seed: int,
-    mean: Tensor | None = None,
+    statistics: Statistics | None = None,
     encodings: Encodings | None = None,
 ) -> VariantLinear:
-    """`linear` as `row` plans it, on its device. `mean` (in,) of its inputs is needed for `own_mean`; layers made with
-    the same `encodings` share them."""
+    """`linear` as `row` plans it, on its device. `statistics` of its inputs are needed for `own_mean` and
+    `own_balance`; layers made with the same `encodings` share them."""
+    if statistics is None and variant.looks:
+        raise ConfigError(f"{row.name} has no statistics of its inputs: calibrate the model that is quantized")
     weight, encodings = linear.weight.detach(), {} if encodings is None else encodings
+    balance = None
+    if variant.own_balance and statistics is not None:
+        balance, encodings = balance_of(statistics), {}
+        weight = weight.float() * balance
     best: tuple[float, VariantLinear] | None = None
     for own in (seed + (number << 32) for number in range(variant.seeds)):
         key = row.in_features, row.activation_bits, own
-        encoding = encodings.get(key) or Encoding(variant, *key, weight.device)
-        layer = VariantLinear(_coded(weight, linear.bias, row, encoding.before, own), encoding)
-        error = 0.0
-        if variant.seeds > 1:
-            error = float((layer.coded.dequantize() - weight.float()).square().sum())
+        encoding = encodings.get(key) or Encoding(variant, *key, weight.device, balance)
+        given = weight if encoding.before is None else encoding.before(weight.double())
+        layer = VariantLinear(_coded(given, linear.bias, row, own), encoding)
+        error = float((layer.coded.dequantize() - given).square().sum()) if variant.seeds > 1 else 0.0
         if best is None or error < best[0]:
             best = error, layer
     assert best is not None
     layer = best[1]
     encodings[row.in_features, row.activation_bits, layer.coded.seed] = layer.encoding
-    if variant.own_mean:
-        if mean is None:
-            raise ConfigError(f"{row.name} has no mean of its inputs: calibrate the model that is quantized")
+    if balance is not None:
+        layer.coded.balance = nn.Parameter(balance.to(torch.bfloat16), requires_grad=False)  # to be counted
+    if variant.own_mean and statistics is not None:
+        mean = statistics.mean if balance is None else statistics.mean / balance
         error = weight.float() @ mean - layer.values.float() @ layer.encoding.mix(mean) * layer.row_scales
         bias = error if linear.bias is None else linear.bias.detach().float() + error
-        layer.coded.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+        layer.coded.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
     return layer
 
 
-def _coded(weight: Tensor, bias: Tensor | None, row: LayerPlan, before: Transform | None, seed: int) -> OrbitLinear:
-    """Codes and scales of `weight` (out, in) behind `before`."""
-    given = weight if before is None else before(weight.double())
+def balance_of(statistics: Statistics) -> Tensor:
+    """D (in,), in bf16 as it would be stored: the weight is multiplied by it and the input divided.
+
+    Errors of codes are spread evenly by the rotation, whatever they are errors of: the output errs by |W D|^2 |x / D|^2
+    times a constant, which is least for D_j^4 = E x_j^2 / |W_j|^2. The weights' columns differ little, and layers with
+    the same input need the same D: they are left out.
+    """
+    moments = statistics.hessian.diagonal()
+    return (moments / moments.mean()).clamp(1e-4, 1e4).pow(0.25).to(torch.bfloat16).float()
+
+
+def _coded(weight: Tensor, bias: Tensor | None, row: LayerPlan, seed: int) -> OrbitLinear:
+    """The codes and scales of `weight` (out, in)."""
     options = row.weight_bits, seed, f"{row.name}.weight"
     return OrbitLinear(
         row.in_features,
@@ -312,19 +340,19 @@ def _coded(weight: Tensor, bias: Tensor | None, row: LayerPlan, before: Transfor
         activation_bits=row.activation_bits,
         states=row.states,
         seed=seed,
-        quantized=quantize_weight(given, *options, states=row.states, scale=row.scale),
+        quantized=quantize_weight(weight, *options, states=row.states, scale=row.scale),
     )
 
 
 @torch.no_grad()
 def quantize_variant_(
-    model: nn.Module, name: str, bits: str, seed: int = 0, means: Mapping[str, Tensor] | None = None
+    model: nn.Module, name: str, bits: str, seed: int = 0, statistics: Mapping[str, Statistics] | None = None
 ) -> None:
     """Quantize `model` in place by the variant `name` of VARIANTS at `bits` ("w2a4"), layer by layer on its device.
 
-    Modulation layers become INT4, as `orbitdit.quantize_` makes them. `means` (in,) by layer are needed for variants
-    with `own_mean`. Raises ConfigError for an unknown variant, for bits that it is not for and for a missing mean, and
-    as `orbitdit.quantize_` does; the model is unchanged then.
+    Modulation layers become INT4, as `orbitdit.quantize_` makes them. `statistics` by layer are needed for variants
+    with `own_mean` or `own_balance`. Raises ConfigError for an unknown variant, for bits that it is not for and for
+    missing statistics, and as `orbitdit.quantize_` does; the model is unchanged then.
     """
     if name not in VARIANTS:
         raise ConfigError(f"variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
@@ -345,6 +373,6 @@ def quantize_variant_(
         if row.action == "int4":
             made[row.name] = quantize_layer(linear, row, seed)
         else:
-            made[row.name] = variant_layer(linear, row, variant, seed, (means or {}).get(row.name), encodings)
+            made[row.name] = variant_layer(linear, row, variant, seed, (statistics or {}).get(row.name), encodings)
     for layer, module in made.items():
         replace_module(model, layer, module)

@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import hadamard
 from torch import nn
 
-from baselines import stored_bits
+from baselines import Statistics, stored_bits
 from orbitdit import OrbitLinear, OrbitQuantConfig, plan, quantize_
 from orbitdit.errors import ConfigError
 from orbitdit.kernels import E4M3, reference
@@ -45,14 +45,21 @@ def tokens(*shape, offset=0.0):
     return torch.randn(*shape, generator=generator) + offset * torch.randn(shape[-1], generator=generator)
 
 
+def statistics_of(x):
+    """Of tokens (tokens, dim)."""
+    return Statistics(x.abs().expand(3, *x.shape).amax(1), x.amin(0), x.mean(0), x.T @ x / len(x), x)
+
+
 @pytest.fixture
 def unquantized(monkeypatch):
     """Tokens and weights as they are: what is left is the transform of both sides."""
     monkeypatch.setattr(Encoding, "part", lambda self, x, tokens: (self.mix(x), torch.ones(1)))
 
     def build(linear, row, variant):
-        layer = variant_layer(linear, row, variant, 5, torch.zeros(row.in_features))
-        layer.values, layer.row_scales = layer.encoding.mix(linear.weight), torch.ones(row.out_features)
+        layer = variant_layer(linear, row, variant, 5, statistics_of(tokens(40, row.in_features, offset=3)))
+        balance = layer.encoding.balance
+        weight = linear.weight if balance is None else linear.weight * balance
+        layer.values, layer.row_scales = layer.encoding.mix(weight), torch.ones(row.out_features)
         return layer
 
     return build
@@ -173,17 +180,37 @@ def test_the_mean_token_is_multiplied_finely():
 
 def test_the_bias_takes_off_the_error_on_the_mean():
     linear, row = layer_and_row("w2a4")
-    mean = tokens(96)
+    x = tokens(40, 96, offset=2)
+    mean = x.mean(0)
     plain = variant_layer(linear, row, VARIANTS["base"], 0)
-    layer = variant_layer(linear, row, VARIANTS["own-mean"], 0, mean)
+    layer = variant_layer(linear, row, VARIANTS["own-mean"], 0, statistics_of(x))
     added = layer.coded.bias - linear.bias
     torch.testing.assert_close(added, (linear.weight - plain.coded.dequantize()) @ mean, atol=1e-5, rtol=1e-4)
     assert stored_bits(layer) == stored_bits(plain)
     without = nn.Linear(96, 16, bias=False)
     without.weight = linear.weight
-    torch.testing.assert_close(variant_layer(without, row, VARIANTS["own-mean"], 0, mean).coded.bias, added)
-    with pytest.raises(ConfigError, match=r"blocks\.0\.proj has no mean of its inputs"):
-        variant_layer(linear, row, VARIANTS["own-mean"], 0)
+    bias = variant_layer(without, row, VARIANTS["own-mean"], 0, statistics_of(x)).coded.bias
+    torch.testing.assert_close(bias, added)
+
+
+def test_channels_are_balanced():
+    linear, row = layer_and_row("w4a4")
+    x = tokens(200, 96) * torch.logspace(-1, 1, 96)
+    statistics = statistics_of(x)
+    balance = variants.balance_of(statistics)
+    moments = x.square().mean(0)
+    torch.testing.assert_close(balance**4, moments / moments.mean(), atol=1e-4, rtol=0.02)
+    plain = variant_layer(linear, row, VARIANTS["base"], 0)
+    layer = variant_layer(linear, row, VARIANTS["own-balance"], 0, statistics)
+    errors = [float((one(x) - linear(x)).square().sum()) for one in (layer, plain)]
+    expected = float(moments.sqrt().sum() ** 2 / (96 * moments.sum()))
+    assert errors[0] / errors[1] == pytest.approx(expected, rel=0.2)
+    assert stored_bits(layer) == pytest.approx(stored_bits(plain) + 16 / 16)
+    linear, row = layer_and_row("w2a4")  # a trellis, whose points are exact on the grid
+    both = variant_layer(linear, row, VARIANTS["all-own"], 0, statistics)
+    weight = both.coded.dequantize() / balance
+    of_mean = (linear.weight - weight) @ statistics.mean
+    torch.testing.assert_close(both.coded.bias - linear.bias, of_mean, atol=1e-4, rtol=1e-3)
 
 
 def test_the_best_of_several_rotations_is_no_worse():
@@ -220,7 +247,7 @@ def test_bad_use_is_one_line():
     for name, bits, message in (
         ("nothing", "w2a4", "variant 'nothing' is unknown; choose one of base, "),
         ("allotted", "w2a4", "variant allotted is for W3A3, not for W2A4"),
-        ("own-mean", "w2a4", "blocks.0.proj has no mean of its inputs"),
+        ("own-mean", "w2a4", "blocks.0.proj has no statistics of its inputs"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             quantize_variant_(model, name, bits)
