@@ -72,6 +72,15 @@ def unbiased(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     return q, _ratio(u.square().sum(-1, True), (u * q).sum(-1, True), codebook.scale)
 
 
+def unbiased_on_average(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """`unbiased` with the mean of <u, q> over normal coordinates in place of each token's own: a constant, about
+    1 / (1 - D), that folds into the codebook's scale and costs nothing at run time."""
+    edges = codebook.boundaries * u.shape[-1] ** 0.5
+    density = torch.nn.functional.pad((-edges.square() / 2).exp() / (2 * math.pi) ** 0.5, (1, 1))
+    along = -(codebook.values * density.diff()).sum() * u.shape[-1] ** 0.5
+    return by_norm(u, codebook)[0], 1 / along
+
+
 def least_squares(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     """<u, q> / <q, q>: the scale of least squared error for these codes."""
     q = by_norm(u, codebook)[0]
@@ -186,22 +195,24 @@ class Variant(NamedTuple):
 VARIANTS = {
     "base": Variant("the default recipe, by the same code"),
     "token-mean": Variant("mean token apart", centred=True),
+    "token-unbiased": Variant("unbiased token scale", unbiased),
+    "token-constant": Variant("token scale unbiased on average", unbiased_on_average),
+    "mean-unbiased": Variant("mean token apart, unbiased token scale", unbiased, centred=True),
+    "mean-constant": Variant("mean token apart, scale unbiased on average", unbiased_on_average, centred=True),
     "two-rounds": Variant("two rounds of rotation", before=another_round),
     "cross-blocks": Variant("Hartley matrix across blocks", before=across_blocks),
-    "token-unbiased": Variant("unbiased token scale", unbiased),
-    "token-least-squares": Variant("least-squares token scale", least_squares),
     "token-search": Variant("token scale searched, unbiased", searched),
+    "token-least-squares": Variant("least-squares token scale", least_squares),
     # No code has less than 2 bits: at 2 bits there is nothing to take from.
     "allotted": Variant("weight bits allotted, 2 to 4", allotted=True, bits=("W3A3",)),
     "best-seed": Variant("best of 8 rotations a layer", seeds=SEEDS_TRIED),
+    "mean-two-rounds": Variant("mean token apart, two rounds", before=another_round, centred=True),
     "own-mean": Variant("bias for the mean of unprompted pictures", own_mean=True),
     "own-balance": Variant("channels balanced by unprompted pictures", own_balance=True),
-    "mean-two-rounds": Variant("mean token apart, two rounds", before=another_round, centred=True),
-    "mean-unbiased": Variant("mean token apart, unbiased token scale", unbiased, centred=True),
     "both-means": Variant("mean token apart, bias for the mean", centred=True, own_mean=True),
-    "all-own": Variant("mean token apart, bias, channels balanced", centred=True, own_mean=True, own_balance=True),
+    "all-own": Variant("unbiased, mean token apart, bias, balance", unbiased, nothing, True, True, True),
 }
-"""In the order in which they are measured: the most telling first, combinations last."""
+"""In the order in which they are measured: the most telling first, and those that look at pictures last."""
 
 
 class Encoding:

@@ -125,6 +125,17 @@ def test_scales_of_tokens_by_hand():
         assert torch.isfinite(torch.as_tensor(factors)).all()
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_scale_that_is_unbiased_on_average(bits):
+    codebook = variants.codebook_of(1024, bits, torch.device("cpu"))
+    u = tokens(400, 1024)
+    u /= u.norm(dim=1, keepdim=True)
+    each, alike = variants.unbiased(u, codebook)[1], variants.unbiased_on_average(u, codebook)[1]
+    assert float(alike) == pytest.approx(float(each.mean()), rel=1e-3)
+    loss = {3: 0.0345, 4: 0.0095}[bits]
+    assert float(alike) == pytest.approx(codebook.scale / (1 - loss), rel=1e-3)
+
+
 def test_the_search_finds_the_nearest_direction():
     """A token on 1.16 times the codebook is exact there, and is not as it is."""
     codebook = Codebook(torch.tensor([-3.0, -1.0, 1.0, 3.0]), torch.tensor([-0.2, 0.0, 0.2]), 0.1)
