@@ -45,8 +45,8 @@ BEYOND = """## What was tried beyond
 Changes to orbitdit's default recipe at the same stored bits, one at a time (`scripts/variants.py` says what each does).
 Each stands against the recipe itself, computed by the same code on the same device from the same rotation seeds: the
 difference in score, as a share of full precision, and in PSNR to it; mean ± standard deviation of the difference over
-the seeds. Those with a bias for the mean have watched the model draw pictures without a prompt; all others see
-nothing but the weights."""
+the seeds. A bias for the mean and balanced channels are not calibration-free in the strict sense: they have watched the
+model draw pictures without a prompt, from noise; and balanced channels store 16 bits more for each input of a layer."""
 HOW = """Every model draws the same {prompts:,} prompts, 200 in each of six categories, each picture from its own
 noise; an exact detector says whether a picture shows what its prompt asks, nothing missing and nothing extra. A score
 is the share of right pictures; the first table of a model gives it as a share of that model's score at full precision,

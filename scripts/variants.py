@@ -5,8 +5,10 @@ orthogonal transform of the inputs in front of the recipe's own rotation R, and 
 
     y_i = n_i * t * <c_W(i), c_A(R B x)> + bias_i
 
-on the points of e4m3, on any device, as `orbitdit` computes on a GPU: products of points are exact, sums in fp32. The
-variant "base" changes nothing: the codes are those of `quantize_`, and so is every other figure but for rounding.
+with c_W(i) from R B w_i. Where a picture's mean token is kept apart, x is what is left of a token, and the mean's own
+product is added. All is on the points of e4m3, on any device, as `orbitdit` computes on a GPU: products of points are
+exact, sums in fp32. The variant "base" changes nothing: its codes are those of `quantize_`, its outputs those of the
+layers, up to the order of sums.
 
 All variants store the same bits as the default recipe, or a little less where they are allotted; only those with
 `own_balance` store a factor for each input. They, and those with `own_mean`, are not calibration-free in the strict
@@ -173,8 +175,8 @@ class Variant(NamedTuple):
     """How a variant differs from the default recipe. `bits`: the settings that it is measured at. `before` makes the
     transform of (dim, seed); `centred`: each picture's mean token is taken off before encoding and multiplied in 8
     bits; `own_mean`: the weights' error on the mean of unprompted pictures' activations is taken off the bias;
-    `own_balance`: see `balance_of`; `seeds`:
-    how many rotations are tried on each layer, for the least error of its weight; `allotted`: see `allotted`."""
+    `own_balance`: see `balance_of`; `seeds`: how many rotations are tried on each layer, for the least error of its
+    weight; `allotted`: see `allotted`."""
 
     title: str
     tokens: Tokens = by_norm
@@ -210,7 +212,7 @@ VARIANTS = {
     "own-mean": Variant("bias for the mean of unprompted pictures", own_mean=True),
     "own-balance": Variant("channels balanced by unprompted pictures", own_balance=True),
     "both-means": Variant("mean token apart, bias for the mean", centred=True, own_mean=True),
-    "all-own": Variant("unbiased, mean token apart, bias, balance", unbiased, nothing, True, True, True),
+    "all-means": Variant("mean token apart, unbiased token scale, bias", unbiased, centred=True, own_mean=True),
 }
 """In the order in which they are measured: the most telling first, and those that look at pictures last."""
 

@@ -218,7 +218,7 @@ def test_channels_are_balanced():
     assert errors[0] / errors[1] == pytest.approx(expected, rel=0.2)
     assert stored_bits(layer) == pytest.approx(stored_bits(plain) + 16 / 16)
     linear, row = layer_and_row("w2a4")  # a trellis, whose points are exact on the grid
-    both = variant_layer(linear, row, VARIANTS["all-own"], 0, statistics)
+    both = variant_layer(linear, row, VARIANTS["own-balance"]._replace(own_mean=True), 0, statistics)
     weight = both.coded.dequantize() / balance
     of_mean = (linear.weight - weight) @ statistics.mean
     torch.testing.assert_close(both.coded.bias - linear.bias, of_mean, atol=1e-4, rtol=1e-3)
