@@ -145,13 +145,12 @@ class Subject:
 
         def energy(name: str, x: Tensor) -> None:
             if x.ndim > 2:
-                share = x.mean(-2).square().sum() * x.shape[-2] / x.square().sum()
-                self.mean_energy[name].append(float(share))
+                self.mean_energy[name].append(mean_energy(x))
 
         hooks = [self.model.register_forward_hook(keep, with_kwargs=True)]
         for name in self.weights:
-            module = self.model.get_submodule(name)
-            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: energy(name, args[0])))
+            layer = self.model.get_submodule(name)
+            hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: energy(name, args[0])))
         try:
             generate(self.pipeline, self.prompts, 0, "full precision", num_inference_steps=self.steps)
         finally:
@@ -221,6 +220,11 @@ def relative(found: Tensor, target: Tensor) -> float:
     return float((found - target).double().square().sum() / target.double().square().sum())
 
 
+def mean_energy(x: Tensor) -> float:
+    """How much of the energy of `x` (..., tokens, dim) is that of each picture's mean token, put on all its tokens."""
+    return float(x.mean(-2).square().sum() * x.shape[-2] / x.square().sum())
+
+
 def guided(velocity: Tensor) -> Tensor:
     """Of both branches (2 B, ...), with prompt first, the velocity (B, ...) that the sampler follows."""
     with_prompt, without = velocity.chunk(2)
@@ -236,7 +240,7 @@ def noisy(model: nn.Module, layers: Iterable[str], bits: Mapping[str, int], seed
         if name in bits:
             weight = model.get_submodule(name).weight.data
             before[name] = weight.clone()
-            generator = torch.Generator().manual_seed(seed << 32 | number)
+            generator = torch.Generator().manual_seed(seed << 16 | number)  # of which the CPU's takes 32 bits
             size = (weight.square().mean(1, keepdim=True) * unbiased_error(bits[name])).sqrt()
             weight += size * torch.randn(weight.shape, generator=generator)
     try:
