@@ -26,7 +26,8 @@ def section(rows: Sequence[Row]) -> str:
     tables = [variants_table([r for r in last if r["what"] == "variant"])]
     parts = [HEAD, measured_with(last), *tables, VARIANTS_TEXT, "### Where the error comes from", LAYERS_TEXT]
     for model in distinct(r["model"] for r in last):
-        parts += [f"{model}:", layers_table([r for r in last if r["model"] == model])]
+        own = [r for r in last if r["model"] == model and r["what"] != "variant"]
+        parts += [f"{model}:", layers_table(own)] if own else []
     return "\n\n".join(parts)
 
 
