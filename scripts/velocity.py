@@ -128,14 +128,13 @@ class Subject:
         self.groups = groups_of(list(self.weights))
         self.calls: list[tuple[tuple, dict[str, Any], Tensor]] = []
         self.mean_energy: dict[str, list[float]] = {name: [] for name in self.weights}
-        self.prompts = [p.text for p in benchmark(per_category, world=judged_world(folder))]
-        self.watch()
+        self.watch([p.text for p in benchmark(per_category, world=judged_world(folder))])
         self.statistics: Mapping[str, baselines.Statistics] | None = None
         self.codes: tuple[int, Codes] = -1, {}
         self.noise_errors: dict[tuple, dict[str, float]] = {}
 
-    def watch(self) -> None:
-        """Fill `calls` and `mean_energy` from one generation."""
+    def watch(self, prompts: Sequence[str]) -> None:
+        """Fill `calls` and `mean_energy` from one generation of `prompts`."""
         kept = set(np.linspace(0, self.steps - 1, TIMES).round().astype(int).tolist())
         step = iter(range(self.steps))
 
@@ -152,7 +151,7 @@ class Subject:
             layer = self.model.get_submodule(name)
             hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: energy(name, args[0])))
         try:
-            generate(self.pipeline, self.prompts, 0, "full precision", num_inference_steps=self.steps)
+            generate(self.pipeline, prompts, 0, "full precision", num_inference_steps=self.steps)
         finally:
             for hook in hooks:
                 hook.remove()
