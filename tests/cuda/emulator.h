@@ -83,7 +83,36 @@ struct Meeting {
   void* brought[32];
 };
 
+// A thread's copies under way, and how many groups of them it has closed.
+struct Copies {
+  static constexpr int LIMIT = 256;
+  struct Copy {
+    void* to;
+    const void* from;
+    u32 group;
+  };
+  Copy copy[LIMIT];
+  int count;
+  u32 closed;
+};
+
+struct Barrier {
+  u32 turns, expected;
+};
+
+struct BulkCopy {
+  u8* to;
+  const void* from;
+  u32 bytes;
+  u8* barrier;
+};
+
 static Fiber fibers[MAX_THREADS];
+static Copies copies[MAX_THREADS];
+constexpr int BULK_LIMIT = 4096;
+static BulkCopy bulk[BULK_LIMIT];
+static int bulk_count;
+static Meeting bulk_news;  // who waits for bulk copies looks again when there is something new
 static Meeting warps[MAX_THREADS / 32], block;
 static int current, threads, unfinished;
 static bool backwards;
@@ -189,12 +218,43 @@ __attribute__((noipa)) void check_mask(u32 mask) {
   if (mask != 0xffffffffu) fail("only the mask of all lanes is emulated");
 }
 
+inline Barrier load_barrier(const u8* barrier) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8) fail("a barrier at %p", barrier);
+  Barrier b;
+  memcpy(&b, barrier, sizeof b);
+  return b;
+}
+
+inline void store_barrier(u8* barrier, Barrier b) {
+  load_barrier(barrier);
+  memcpy(barrier, &b, sizeof b);
+}
+
+// The copies that `barrier` counts arrive if together they bring the bytes it expects.
+inline bool arrive_in_bulk(const u8* barrier, u32 expected) {
+  u32 sum = 0;
+  for (int i = 0; i < bulk_count; i++)
+    if (bulk[i].barrier == barrier) sum += bulk[i].bytes;
+  if (sum > expected) fail("copies of %u bytes at a barrier that expects %u", sum, expected);
+  if (sum < expected) return false;
+  int left = 0;
+  for (int i = 0; i < bulk_count; i++) {
+    const BulkCopy copy = bulk[i];
+    if (copy.barrier == barrier) memcpy(copy.to, copy.from, copy.bytes);
+    else bulk[left++] = copy;
+  }
+  bulk_count = left;
+  return true;
+}
+
 inline bool run_block() {
   const size_t whole = (shared_bytes + 127) / 128 * 128;
   memset(shared, 0xCD, whole);
   memset(fibers, 0, sizeof fibers);
   memset(warps, 0, sizeof warps);
   memset(&block, 0, sizeof block);
+  for (int i = 0; i < threads; i++) copies[i].count = copies[i].closed = 0;
+  bulk_count = 0;
   unfinished = block.live = threads;
   for (int i = 0; i < threads; i++) warps[i / 32].live++;
   int how = sigsetjmp(leave, 1);
@@ -203,6 +263,11 @@ inline bool run_block() {
     run_next();
   }
   if (how == 1) {
+    if (bulk_count) {
+      snprintf(message, sizeof message, "block (%u, %u, %u) ended with %d bulk copies under way", blockIdx.x,
+               blockIdx.y, blockIdx.z, bulk_count);
+      return false;
+    }
     for (size_t i = shared_bytes; i < whole; i++) {
       if (shared[i] == 0xCD) continue;
       snprintf(message, sizeof message, "block (%u, %u, %u) wrote past its %zu bytes of shared memory, at byte %zu",
@@ -423,33 +488,69 @@ inline u32 shift_if_greater(u32 word, u32 key) { return key > word ? word >> 8 :
 inline u32 join(u32 a, u32 b, u32 c, u32 d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }
 inline u32 xor_and(u32 a, u32 b, u32 c) { return a ^ (b & c); }
 inline uint4 load_streaming(const void* p) { return load_aligned<uint4>(p); }
-inline uint2 load_streaming8(const void* p) { return load_aligned<uint2>(p); }
 
 // Copies that are under way arrive when they are waited for, as late as they may.
-namespace emulator {
-struct Copy {
-  void* to;
-  const void* from;
-};
-static Copy copies[MAX_THREADS][256];
-static int copying[MAX_THREADS];
-}  // namespace emulator
-
 inline void copy_async(void* to, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
     emulator::fail("a copy of 16 bytes from %p to %p", from, to);
-  int& count = emulator::copying[emulator::current];
-  if (count == 256) emulator::fail("too many copies at a time for the emulator");
-  emulator::copies[emulator::current][count++] = {to, from};
+  emulator::Copies& mine = emulator::copies[emulator::current];
+  if (mine.count == emulator::Copies::LIMIT) emulator::fail("too many copies at a time for the emulator");
+  mine.copy[mine.count++] = {to, from, mine.closed};
 }
 
-inline void wait_for_copies() {
-  int& count = emulator::copying[emulator::current];
-  for (int i = 0; i < count; i++) {
-    const auto& copy = emulator::copies[emulator::current][i];
-    memcpy(copy.to, copy.from, 16);
+inline void close_group() { emulator::copies[emulator::current].closed++; }
+
+namespace emulator {
+// The groups before `end` arrive.
+inline void arrive(u32 end) {
+  Copies& mine = copies[current];
+  int left = 0;
+  for (int i = 0; i < mine.count; i++) {
+    const Copies::Copy copy = mine.copy[i];
+    if (copy.group < end) memcpy(copy.to, copy.from, 16);
+    else mine.copy[left++] = copy;
   }
-  count = 0;
+  mine.count = left;
+}
+}  // namespace emulator
+
+inline void wait_for_copies() { emulator::arrive(emulator::copies[emulator::current].closed + 1); }
+
+template <int N>
+inline void wait_for_all_but() {
+  const u32 closed = emulator::copies[emulator::current].closed;
+  emulator::arrive(closed > N ? closed - N : 0);
+}
+
+// A barrier's 8 bytes: how often its bytes have arrived, and how many it expects now.
+inline void make_barrier(u8* barrier) { emulator::store_barrier(barrier, {0, 0}); }
+
+inline void expect_bytes(u8* barrier, u32 bytes) {
+  emulator::Barrier b = emulator::load_barrier(barrier);
+  if (b.expected) emulator::fail("a barrier that expects bytes already");
+  emulator::store_barrier(barrier, {b.turns, bytes});
+  emulator::release(emulator::bulk_news);
+}
+
+inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrier) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
+    emulator::fail("a copy of %u bytes from %p to %p", bytes, from, to);
+  if (emulator::bulk_count == emulator::BULK_LIMIT) emulator::fail("too many copies at a time for the emulator");
+  emulator::bulk[emulator::bulk_count++] = {to, from, bytes, barrier};
+  emulator::release(emulator::bulk_news);
+}
+
+inline void wait_for(u8* barrier, u32 parity) {
+  for (;;) {
+    const emulator::Barrier b = emulator::load_barrier(barrier);
+    if (b.turns % 2 != parity) return;
+    if (b.expected && emulator::arrive_in_bulk(barrier, b.expected)) {
+      emulator::store_barrier(barrier, {b.turns + 1, 0});
+      emulator::release(emulator::bulk_news);
+      return;
+    }
+    emulator::wait(emulator::bulk_news, "a barrier of bulk copies");
+  }
 }
 
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }

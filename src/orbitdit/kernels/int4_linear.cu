@@ -1,97 +1,104 @@
 // y = x W^T + bias for at most 8 rows x and a weight of INT4 codes in groups of 64 inputs: AdaLN modulation.
 //
-//   x      (rows, DIM) bf16 or fp16, 16-byte aligned; y (rows, n) and bias (n,) or null in the same type
-//   codes  (n, ceil(DIM / 2)) bytes, 8-byte aligned, low nibble first; a code stands for code - 8
-//   scales (n, ceil(DIM / 64)) bf16, 8-byte aligned
+//   x      (rows, DIM) bf16 or fp16; y (rows, n) and bias (n,) or null in the same type
+//   codes  (n, ceil(DIM / 2)) bytes, low nibble first; a code stands for code - 8
+//   scales (n, ceil(DIM / 64)) bf16; x, codes and scales begin at multiples of 16 bytes
 //
-// Reading the codes is all the cost there is, so everything serves to keep reads in flight. The weight is the A
-// operand of the tensor cores: a tile of 16 of its rows at a time, with the rows of x as the 8 columns of B. A sum
-// has no order, so the inputs of a group are dealt out such that a lane multiplies the 8 bytes that it has read: lane
-// (g, q) reads bytes 8q .. 8q+7 of a group from rows g and g+8, and x lies in shared memory in the order in which the
-// codes come out of these bytes. Codes become 16-bit numbers exactly, each group's sum is multiplied with its scale in
-// fp32.
+// Reading the weight is all the cost there is, so a block asks for as much of its share at once as its shared memory
+// takes, and asks on as soon as a part is used up. Shared memory holds STAGES stages, each with the TILES tiles of 16
+// rows of the weight that the block has in hand at a time. With BULK the hardware copies whole rows and counts their
+// bytes; without it (compute capability 8, short or odd rows) threads copy 16 bytes at a time.
 //
-// SPLIT warps share a tile, each with its own chunks of 4 groups; their sums are added in a fixed order. A warp holds
-// one chunk in registers, and as soon as it has multiplied two groups it reads the same two of its next chunk (of this
-// tile or its next one) in their place, so that nearly all of a chunk is always on its way. There are no branches: what
-// lies past the end counts as zeros, and rows past the last one as the last one, whose sums nobody stores.
+// SPLIT warps share a tile, each with its own inputs, in chunks of 4 groups; their sums are added in a fixed order. A
+// warp needs the same part of x for all its tiles, and holds it in registers. The weight is the A operand of the tensor
+// cores, the rows of x are the 8 columns of B. A sum has no order, so the inputs of a group are dealt out such that a
+// lane multiplies the 8 bytes that it has read: lane (g, q) reads bytes 8q .. 8q+7 of a group from rows g and g+8, and
+// orders its part of x as the codes come out of these bytes. Codes become 16-bit numbers exactly, each group's sum is
+// multiplied with its scale in fp32. What lies past the last input counts as zeros; rows past the last one give sums
+// that nobody stores.
 //
-// Compile-time: DIM; HALF (1: fp16, 0: bf16); WARPS of a block; SPLIT, which divides WARPS.
-// Launch: WARPS * 32 threads, any number of blocks (more than tiles * SPLIT / WARPS are idle), and
-// WARPS * 1024 + rows * (512 * SPLIT * ceil(DIM / (256 * SPLIT)) + 16) bytes of shared memory.
+// Compile-time: DIM; HALF (1: fp16, 0: bf16); WARPS of a block; SPLIT, which divides WARPS; STAGES, at least 2; BULK,
+// which needs n % 16 == 0, DIM % 32 == 0 and compute capability 9.0. int4_linear.py counts the shared memory.
+// Launch: WARPS * 32 threads, any number of blocks (more than tiles * SPLIT / WARPS are idle).
 
 namespace {
 
-constexpr int GROUP = 64, CHUNK = 4;
+constexpr int GROUP = 64, CHUNK = 4, CHUNK_BYTES = CHUNK * GROUP / 2;
 constexpr int GROUPS = (DIM + GROUP - 1) / GROUP, CHUNKS = (GROUPS + CHUNK - 1) / CHUNK;
 constexpr int ROUNDS = (CHUNKS + SPLIT - 1) / SPLIT;  // chunks of a tile that one warp takes
-constexpr int TILES = WARPS / SPLIT;                  // tiles that a block has in hand
-constexpr int INPUTS = ROUNDS * SPLIT * CHUNK * GROUP;
-constexpr bool WHOLE = DIM == INPUTS;
-constexpr i64 PITCH = (DIM + 1) / 2;  // bytes of a row of codes
-// A row of x in shared memory has 16 bytes more, so that neighbouring rows use different banks.
-constexpr int X_PITCH = INPUTS * 2 + 16;
+constexpr int TILES = WARPS / SPLIT, ROWS = TILES * 16, THREADS = WARPS * 32;
+constexpr bool WHOLE = DIM == ROUNDS * SPLIT * CHUNK * GROUP;
+constexpr int PITCH = (DIM + 1) / 2;  // bytes of a row of codes
+// Rows in shared memory are 32 bytes more than a multiple of 128 apart, so that four neighbours use different banks.
+constexpr int SHARED_PITCH = ROUNDS * SPLIT * CHUNK_BYTES + 32;
+constexpr int STAGE = ROWS * (SHARED_PITCH + GROUPS * 2);
 constexpr int PARTIAL = 128;  // floats of a tile: 16 rows of the weight by 8 of x
+static_assert(STAGES >= 2, "one stage is in use while the others fill");
+static_assert(!BULK || DIM % 32 == 0, "bulk copies take multiples of 16 bytes");
 
-// What a lane holds of one chunk: 16 codes of each group and four scales, of rows g and g+8.
-struct Chunk {
-  uint2 codes[CHUNK][2];
-  uint2 scales[2];
+struct Weight {
+  const u8* codes;
+  const u16* scales;
+  int n;
 };
 
-// Where a warp reads a chunk: its lane's codes and scales of rows g and g+8, and how many bytes of codes and how many
-// groups are left in the row.
-struct Place {
-  const u8* codes[2];
-  const u16* scales[2];
-  int bytes_left, groups_left;
-};
-
-__device__ __forceinline__ Place locate(const u8* codes, const u16* scales, int tile, int chunk, int n) {
-  const int g = threadIdx.x % 32 / 4, offset = chunk * (CHUNK * GROUP / 2) + threadIdx.x % 4 * 8;
-  Place place;
+// A warp's share of a stage, in 16-byte pieces; nothing for rows past the last one.
+__device__ __forceinline__ void copy_codes(u8* stage, const Weight& weight, int first) {
+  if constexpr (PITCH % 16 == 0) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / SPLIT * 16 + lane / 8;
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const i64 row = min(tile * 16 + 8 * half + g, n - 1);
-    place.codes[half] = codes + (row * PITCH + offset);
-    place.scales[half] = scales + (row * GROUPS + chunk * CHUNK);
-  }
-  place.bytes_left = static_cast<int>(PITCH) - offset;
-  place.groups_left = GROUPS - chunk * CHUNK;
-  return place;
-}
-
-// 8 bytes of a row of codes, `left` bytes before the row's end.
-__device__ __forceinline__ uint2 load_codes(const u8* p, int left) {
-  if constexpr (DIM % GROUP == 0) {
-    return WHOLE || left > 0 ? load_streaming8(p) : make_uint2(0, 0);
+    for (int round = 0; round < ROUNDS; round++) {
+      const int offset = (warp % SPLIT + round * SPLIT) * CHUNK_BYTES + lane % 8 * 16;
+      const u8* from = weight.codes + (static_cast<i64>(first + row) * PITCH + offset);
+      u8* to = stage + row * SHARED_PITCH + offset;
+#pragma unroll
+      for (int i = 0; i < 16; i += 4)
+        if (first + row + i < weight.n && (WHOLE || offset < PITCH))
+          copy_async(to + i * SHARED_PITCH, from + i * PITCH);
+    }
   } else {
-    u32 word[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-      if (i < left) word[i / 4] |= static_cast<u32>(p[i]) << 8 * (i % 4);
-    return make_uint2(word[0], word[1]);
+    const int count = min(ROWS, weight.n - first) * PITCH;
+    const u8* from = weight.codes + static_cast<i64>(first) * PITCH;
+    for (int i = threadIdx.x; i < count; i += THREADS) stage[i / PITCH * SHARED_PITCH + i % PITCH] = from[i];
   }
 }
 
-__device__ __forceinline__ uint2 load_scales(const u16* p, int left) {
-  if constexpr (GROUPS % CHUNK == 0) {
-    return WHOLE || left > 0 ? __ldg(reinterpret_cast<const uint2*>(p)) : make_uint2(0, 0);
+// Scales of neighbouring rows lie one after the other.
+__device__ __forceinline__ void copy_scales(u8* stage, const Weight& weight, int first) {
+  const int count = min(ROWS, weight.n - first) * GROUPS;
+  const u16* from = weight.scales + static_cast<i64>(first) * GROUPS;
+  u16* to = reinterpret_cast<u16*>(stage + ROWS * SHARED_PITCH);
+  for (int i = threadIdx.x * 8; i < count; i += THREADS * 8) {
+    if (i + 8 <= count) {
+      copy_async(to + i, from + i);
+    } else {
+      for (int j = i; j < count; j++) to[j] = from[j];
+    }
+  }
+}
+
+__device__ __forceinline__ void copy_in_bulk(u8* stage, u8* barrier, const Weight& weight, int first) {
+  const int lane = threadIdx.x % 32, count = min(ROWS, weight.n - first);
+  if (count <= 0) return;
+  if (lane == 0) {
+    expect_bytes(barrier, count * (PITCH + GROUPS * 2));
+    const u16* scales = weight.scales + static_cast<i64>(first) * GROUPS;
+    copy_bulk(stage + ROWS * SHARED_PITCH, scales, count * GROUPS * 2, barrier);
+  }
+  __syncwarp();
+  for (int row = lane; row < count; row += 32)
+    copy_bulk(stage + row * SHARED_PITCH, weight.codes + static_cast<i64>(first + row) * PITCH, PITCH, barrier);
+}
+
+// Starts to copy the rows from `first` on into stage `slot`; of bulk copies one warp takes care.
+__device__ __forceinline__ void fill(u8* stages, u8* barriers, int slot, const Weight& weight, int first) {
+  if constexpr (BULK) {
+    if (threadIdx.x / 32 == slot % WARPS) copy_in_bulk(stages + slot * STAGE, barriers + slot * 8, weight, first);
   } else {
-    u32 scale[CHUNK];
-#pragma unroll
-    for (int i = 0; i < CHUNK; i++) scale[i] = i < left ? p[i] : 0;
-    return make_uint2(scale[0] | scale[1] << 16, scale[2] | scale[3] << 16);
+    copy_codes(stages + slot * STAGE, weight, first);
+    copy_scales(stages + slot * STAGE, weight, first);
+    close_group();
   }
-}
-
-// Groups i and i + 1 of the chunk at `from`.
-__device__ __forceinline__ void load_two(Chunk& to, const Place& from, int i) {
-#pragma unroll
-  for (int j = i; j < i + 2; j++)
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      to.codes[j][half] = load_codes(from.codes[half] + j * (GROUP / 2), from.bytes_left - j * (GROUP / 2));
 }
 
 // Codes i and i + 4 of the eight in `word`, minus 8, as two 16-bit numbers.
@@ -119,68 +126,103 @@ __device__ __forceinline__ void multiply_words(float (&sum)[4], u32 upper, u32 l
 #endif
 }
 
-// Adds the chunk's part of the tile to `total`, and puts the chunk at `next` in its place; `x` is the lane's row of x,
-// at this chunk and the lane's q. Two groups at a time, so that a product need not wait for the one before.
-__device__ __forceinline__ void multiply(float (&total)[4], Chunk& chunk, const u8* x, const Place& next) {
+// The warp's part of x: for each group of its chunks the lane's 16 inputs of row g (or of any row, if there are less:
+// columns of B do not mix), of each eight in the order 0 4 1 5 2 6 3 7, as `decode` does it.
+struct Inputs {
+  uint4 eight[ROUNDS][CHUNK][2];
+};
+
+__device__ __forceinline__ uint4 load_eight(const u16* row, int at) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if constexpr (DIM % 8 == 0) {
+    if (WHOLE || at < DIM) v = __ldg(reinterpret_cast<const uint4*>(row + at));
+  } else {
+    u32 w[8];
 #pragma unroll
-  for (int i = 0; i < CHUNK; i += 2) {
-    float sum[2][4] = {};
-#pragma unroll
-    for (int word = 0; word < 2; word++) {
-      uint4 v[2];
-      u32 upper[2], lower[2];
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        v[j] = *reinterpret_cast<const uint4*>(x + (i + j) * GROUP * 2 + word * 16);
-        upper[j] = word ? chunk.codes[i + j][0].y : chunk.codes[i + j][0].x;
-        lower[j] = word ? chunk.codes[i + j][1].y : chunk.codes[i + j][1].x;
-      }
-#pragma unroll
-      for (int j = 0; j < 2; j++) multiply_words<0>(sum[j], upper[j], lower[j], v[j].x, v[j].y);
-#pragma unroll
-      for (int j = 0; j < 2; j++) multiply_words<2>(sum[j], upper[j], lower[j], v[j].z, v[j].w);
-    }
-    load_two(chunk, next, i);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const u32 pair = i ? chunk.scales[half].y : chunk.scales[half].x;
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const float scale = __uint_as_float(j ? pair & 0xffff0000 : pair << 16);
-        total[2 * half] = __fmaf_rn(scale, sum[j][2 * half], total[2 * half]);
-        total[2 * half + 1] = __fmaf_rn(scale, sum[j][2 * half + 1], total[2 * half + 1]);
-      }
-    }
+    for (int j = 0; j < 8; j++) w[j] = at + j < DIM ? row[at + j] : 0;
+    v = make_uint4(w[0] | w[1] << 16, w[2] | w[3] << 16, w[4] | w[5] << 16, w[6] | w[7] << 16);
   }
-  for (int half = 0; half < 2; half++) chunk.scales[half] = load_scales(next.scales[half], next.groups_left);
+  return v;
 }
 
-// x into shared memory: of each eight inputs the order 0 4 1 5 2 6 3 7, as `decode` does it; zeros after the last one.
-__device__ __forceinline__ void stage(u8* to, const u16* x, int rows) {
-  constexpr int EIGHTS = INPUTS / 8;
-  for (int i = threadIdx.x; i < rows * EIGHTS; i += WARPS * 32) {
-    const int row = i / EIGHTS, eight = i % EIGHTS;
-    const u16* from = x + row * DIM + eight * 8;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if constexpr (DIM % 8 == 0) {
-      if (eight * 8 < DIM) v = __ldg(reinterpret_cast<const uint4*>(from));
-    } else {
-      u32 w[8];
+__device__ __forceinline__ void load_inputs(Inputs& inputs, const u16* x, int rows) {
+  const int lane = threadIdx.x % 32, part = threadIdx.x / 32 % SPLIT;
+  const u16* row = x + min(lane / 4, rows - 1) * DIM;
 #pragma unroll
-      for (int j = 0; j < 8; j++) w[j] = eight * 8 + j < DIM ? from[j] : 0;
-      v = make_uint4(w[0] | w[1] << 16, w[2] | w[3] << 16, w[4] | w[5] << 16, w[6] | w[7] << 16);
+  for (int round = 0; round < ROUNDS; round++)
+#pragma unroll
+    for (int i = 0; i < CHUNK * 2; i++) {
+      const int group = (part + round * SPLIT) * CHUNK + i / 2;
+      inputs.eight[round][i / 2][i % 2] = load_eight(row, group * GROUP + lane % 4 * 16 + i % 2 * 8);
     }
-    *reinterpret_cast<uint4*>(to + row * X_PITCH + eight * 16) =
-        make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410),
+}
+
+__device__ __forceinline__ void order_inputs(Inputs& inputs) {
+#pragma unroll
+  for (int i = 0; i < ROUNDS * CHUNK * 2; i++) {
+    uint4& v = inputs.eight[i / (CHUNK * 2)][i / 2 % CHUNK][i % 2];
+    v = make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410),
                    __byte_perm(v.y, v.w, 0x7632));
   }
 }
 
+// The scales of a chunk of a row, zeros past the last group.
+__device__ __forceinline__ uint2 load_scales(const u16* row, int chunk) {
+  const u16* p = row + chunk * CHUNK;
+  if constexpr (GROUPS % CHUNK == 0) {
+    return WHOLE || chunk < CHUNKS ? *reinterpret_cast<const uint2*>(p) : make_uint2(0, 0);
+  } else {
+    u32 scale[CHUNK];
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) scale[i] = chunk * CHUNK + i < GROUPS ? p[i] : 0;
+    return make_uint2(scale[0] | scale[1] << 16, scale[2] | scale[3] << 16);
+  }
+}
+
+// Adds the warp's part of its tile, from round `round`, to `total`. Two groups at a time, so that a product need not
+// wait for the one before.
+__device__ __forceinline__ void multiply(float (&total)[4], const u8* stage, const uint4 (&x)[CHUNK][2], int round) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunk = warp % SPLIT + round * SPLIT;
+  const int row = warp / SPLIT * 16 + lane / 4;
+  const u8* codes = stage + row * SHARED_PITCH + chunk * CHUNK_BYTES + lane % 4 * 8;
+  const u16* scales = reinterpret_cast<const u16*>(stage + ROWS * SHARED_PITCH) + row * GROUPS;
+  const uint2 scale[2] = {load_scales(scales, chunk), load_scales(scales + 8 * GROUPS, chunk)};
+#pragma unroll
+  for (int i = 0; i < CHUNK; i += 2) {
+    float sum[2][4] = {};
+    uint2 code[2][2];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      code[j / 2][j % 2] =
+          *reinterpret_cast<const uint2*>(codes + (i + j / 2) * (GROUP / 2) + j % 2 * 8 * SHARED_PITCH);
+#pragma unroll
+    for (int word = 0; word < 2; word++) {
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const uint4 v = x[i + j][word];
+        const u32 upper = word ? code[j][0].y : code[j][0].x, lower = word ? code[j][1].y : code[j][1].x;
+        multiply_words<0>(sum[j], upper, lower, v.x, v.y);
+        multiply_words<2>(sum[j], upper, lower, v.z, v.w);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u32 pair = i ? scale[half].y : scale[half].x;
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const float factor = __uint_as_float(j ? pair & 0xffff0000 : pair << 16);
+        total[2 * half] = __fmaf_rn(factor, sum[j][2 * half], total[2 * half]);
+        total[2 * half + 1] = __fmaf_rn(factor, sum[j][2 * half + 1], total[2 * half + 1]);
+      }
+    }
+  }
+}
+
 // The outputs of the block's tiles: each the sum of its warps' parts, in their order.
-__device__ __forceinline__ void finish(const float* partial, u16* y, const u16* bias, int first_tile, int rows, int n) {
-  for (int i = threadIdx.x; i < TILES * 16 * rows; i += WARPS * 32) {
+__device__ __forceinline__ void finish(const float* partial, u16* y, const u16* bias, int first, int rows, int n) {
+  for (int i = threadIdx.x; i < ROWS * rows; i += THREADS) {
     const int r = i % 16, row = i / 16 % rows, slot = i / 16 / rows;
-    const int output = (first_tile + slot) * 16 + r;
+    const int output = first + slot * 16 + r;
     if (output >= n) continue;
     const float* part = partial + slot * SPLIT * PARTIAL + (r % 8 * 4 + row / 2) * 4 + r / 8 * 2 + row % 2;
     float sum = 0;
@@ -198,41 +240,52 @@ __device__ __forceinline__ void finish(const float* partial, u16* y, const u16* 
 
 }  // namespace
 
-KERNEL void __launch_bounds__(WARPS * 32) int4_linear(
+KERNEL void __launch_bounds__(THREADS) int4_linear(
     const u16* __restrict__ x, const u8* __restrict__ codes, const u16* __restrict__ scales,
     const u16* __restrict__ bias, u16* __restrict__ y, int rows, int n) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % SPLIT;
-  float* partial = reinterpret_cast<float*>(dynamic_shared());
-  u8* staged = dynamic_shared() + 2 * WARPS * PARTIAL * sizeof(float);
-  const int step = gridDim.x * TILES;
-  if (rows < 1) return;
+  u8* barriers = dynamic_shared();
+  float* partial = reinterpret_cast<float*>(barriers + (STAGES + 1) / 2 * 16);
+  u8* stages = reinterpret_cast<u8*>(partial + 2 * WARPS * PARTIAL);
+  const Weight weight = {codes, scales, n};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = gridDim.x * ROWS;
+  int first = blockIdx.x * ROWS;
+  if (rows < 1 || first >= n) return;
 
-  int tile = blockIdx.x * TILES + warp / SPLIT;
-  Chunk chunk;
-  const Place start = locate(codes, scales, tile, part, n);
-  load_two(chunk, start, 0);
-  load_two(chunk, start, 2);
-  for (int half = 0; half < 2; half++) chunk.scales[half] = load_scales(start.scales[half], start.groups_left);
-  stage(staged, x, rows);
-  __syncthreads();
+  if constexpr (BULK) {
+    // Each stage's barrier is made by the warp that fills the stage.
+    if (lane == 0)
+      for (int slot = warp; slot < STAGES; slot += WARPS) make_barrier(barriers + slot * 8);
+    __syncwarp();
+  }
+  for (int slot = 0; slot < EARLY; slot++) fill(stages, barriers, slot, weight, first + slot * step);
+  Inputs inputs;
+  load_inputs(inputs, x, rows);
+  for (int slot = EARLY; slot < STAGES - 1; slot++) fill(stages, barriers, slot, weight, first + slot * step);
+  if constexpr (BULK) __syncthreads();
+  order_inputs(inputs);
 
-  // Columns of B do not mix, so lanes without a row of x may hold any other.
-  const u8* mine = staged + min(lane / 4, rows - 1) * X_PITCH + part * (CHUNK * GROUP * 2) + lane % 4 * 32;
-  for (int first = blockIdx.x * TILES; first * 16 < n; first += step) {
+  int slot = 0, parity = 0;
+  const float* before = nullptr;  // the sums of the tiles before
+  for (; first < n; first += step) {
+    if constexpr (BULK) {
+      wait_for(barriers + slot * 8, parity);
+    } else {
+      wait_for_all_but<STAGES - 2>();
+    }
+    // Now everybody's copies have arrived and everybody is through with the tiles before, whose stage is free.
+    __syncthreads();
+    fill(stages, barriers, slot ? slot - 1 : STAGES - 1, weight, first + (STAGES - 1) * step);
+    if (before) finish(before, y, bias, first - step, rows, n);
+
     float total[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int round = 0; round < ROUNDS; round++) {
-      const bool last = round == ROUNDS - 1;
-      if (last) tile += step;
-      const Place next = locate(codes, scales, tile, last ? part : part + (round + 1) * SPLIT, n);
-      multiply(total, chunk, mine + round * (SPLIT * CHUNK * GROUP * 2), next);
-    }
-    *reinterpret_cast<float4*>(partial + warp * PARTIAL + lane * 4) =
+    for (int round = 0; round < ROUNDS; round++) multiply(total, stages + slot * STAGE, inputs.eight[round], round);
+    float* sums = before == partial ? partial + WARPS * PARTIAL : partial;
+    *reinterpret_cast<float4*>(sums + warp * PARTIAL + lane * 4) =
         make_float4(total[0], total[1], total[2], total[3]);
-    __syncthreads();
-    finish(partial, y, bias, first, rows, n);
-    // The other half of the partial sums is free: whoever read it came through the barrier since.
-    const int other = WARPS * PARTIAL;
-    partial = partial == reinterpret_cast<float*>(dynamic_shared()) ? partial + other : partial - other;
+    before = sums;
+    if (++slot == STAGES) slot = 0, parity ^= 1;
   }
+  __syncthreads();
+  finish(before, y, bias, first - step, rows, n);
 }

@@ -137,11 +137,45 @@ __device__ inline void copy_async(void* to, const void* from) {
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// 8 bytes, as above.
-__device__ inline uint2 load_streaming8(const void* p) {
-  uint2 r;
-  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
-  return r;
+// Closes a group of this thread's copies; `wait_for_all_but<N>` waits for all groups but the latest N.
+__device__ inline void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+__device__ inline void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Bulk copies (compute capability 9.0 and later) of a multiple of 16 bytes from global to shared memory, counted by a
+// barrier of 8 bytes in shared memory. One thread says how many bytes the copies bring together; `wait_for` returns when
+// these have arrived, in turns: its first turn has parity 0, its next one parity 1, and so on. Who makes a barrier may
+// use it at once, others after __syncthreads.
+__device__ inline void make_barrier(u8* barrier) {
+  const u32 shared = static_cast<u32>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.proxy.async.shared::cta;" ::"r"(shared) : "memory");
+}
+
+__device__ inline void expect_bytes(u8* barrier, u32 bytes) {
+  const u32 shared = static_cast<u32>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared), "r"(bytes) : "memory");
+}
+
+__device__ inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   static_cast<u32>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(bytes), "r"(static_cast<u32>(__cvta_generic_to_shared(barrier)))
+               : "memory");
+}
+
+__device__ inline void wait_for(u8* barrier, u32 parity) {
+  const u32 shared = static_cast<u32>(__cvta_generic_to_shared(barrier));
+  u32 done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(shared), "r"(parity)
+        : "memory");
+  } while (!done);
 }
 
 // a * b + c for both halves of a register, rounded once.
