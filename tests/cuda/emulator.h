@@ -523,7 +523,9 @@ inline void wait_for_all_but() {
 }
 
 // A barrier's 8 bytes: how often its bytes have arrived, and how many it expects now.
-inline void make_barrier(u8* barrier) { emulator::store_barrier(barrier, {0, 0}); }
+inline void make_barriers(u8* barriers, int count) {
+  for (int i = 0; i < count; i++) emulator::store_barrier(barriers + i * 8, {0, 0});
+}
 
 inline void expect_bytes(u8* barrier, u32 bytes) {
   emulator::Barrier b = emulator::load_barrier(barrier);

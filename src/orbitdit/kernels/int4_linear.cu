@@ -32,7 +32,8 @@ constexpr int PITCH = (DIM + 1) / 2;  // bytes of a row of codes
 // Rows in shared memory are 32 bytes more than a multiple of 128 apart, so that four neighbours use different banks.
 constexpr int SHARED_PITCH = ROUNDS * SPLIT * CHUNK_BYTES + 32;
 constexpr int STAGE = ROWS * (SHARED_PITCH + GROUPS * 2);
-constexpr int PARTIAL = 128;  // floats of a tile: 16 rows of the weight by 8 of x
+// Sums of a tile, as floats: 16 for each row of x, 20 apart, so that neither writing nor reading meets in a bank.
+constexpr int SUM_PITCH = 20, SUMS = 8 * SUM_PITCH;
 static_assert(STAGES >= 2, "one stage is in use while the others fill");
 static_assert(!BULK || DIM % 32 == 0, "bulk copies take multiples of 16 bytes");
 
@@ -68,32 +69,35 @@ __device__ __forceinline__ void copy_scales(u8* stage, const Weight& weight, int
   const int count = min(ROWS, weight.n - first) * GROUPS;
   const u16* from = weight.scales + static_cast<i64>(first) * GROUPS;
   u16* to = reinterpret_cast<u16*>(stage + ROWS * SHARED_PITCH);
+#pragma unroll 1
   for (int i = threadIdx.x * 8; i < count; i += THREADS * 8) {
     if (i + 8 <= count) {
       copy_async(to + i, from + i);
     } else {
+#pragma unroll 1
       for (int j = i; j < count; j++) to[j] = from[j];
     }
   }
 }
 
+// Each warp copies some of the rows: a copy costs its thread more time than the hardware.
 __device__ __forceinline__ void copy_in_bulk(u8* stage, u8* barrier, const Weight& weight, int first) {
-  const int lane = threadIdx.x % 32, count = min(ROWS, weight.n - first);
-  if (count <= 0) return;
-  if (lane == 0) {
-    expect_bytes(barrier, count * (PITCH + GROUPS * 2));
+  const int warp = threadIdx.x / 32, count = min(ROWS, weight.n - first);
+  if (threadIdx.x % 32 || count <= 0) return;
+  if (warp == WARPS - 1) {
     const u16* scales = weight.scales + static_cast<i64>(first) * GROUPS;
+    expect_bytes(barrier, count * (PITCH + GROUPS * 2));
     copy_bulk(stage + ROWS * SHARED_PITCH, scales, count * GROUPS * 2, barrier);
   }
-  __syncwarp();
-  for (int row = lane; row < count; row += 32)
+#pragma unroll 1
+  for (int row = warp; row < count; row += WARPS)
     copy_bulk(stage + row * SHARED_PITCH, weight.codes + static_cast<i64>(first + row) * PITCH, PITCH, barrier);
 }
 
-// Starts to copy the rows from `first` on into stage `slot`; of bulk copies one warp takes care.
+// Starts to copy the rows from `first` on into stage `slot`.
 __device__ __forceinline__ void fill(u8* stages, u8* barriers, int slot, const Weight& weight, int first) {
   if constexpr (BULK) {
-    if (threadIdx.x / 32 == slot % WARPS) copy_in_bulk(stages + slot * STAGE, barriers + slot * 8, weight, first);
+    copy_in_bulk(stages + slot * STAGE, barriers + slot * 8, weight, first);
   } else {
     copy_codes(stages + slot * STAGE, weight, first);
     copy_scales(stages + slot * STAGE, weight, first);
@@ -219,15 +223,15 @@ __device__ __forceinline__ void multiply(float (&total)[4], const u8* stage, con
 }
 
 // The outputs of the block's tiles: each the sum of its warps' parts, in their order.
-__device__ __forceinline__ void finish(const float* partial, u16* y, const u16* bias, int first, int rows, int n) {
-  for (int i = threadIdx.x; i < ROWS * rows; i += THREADS) {
-    const int r = i % 16, row = i / 16 % rows, slot = i / 16 / rows;
-    const int output = first + slot * 16 + r;
-    if (output >= n) continue;
-    const float* part = partial + slot * SPLIT * PARTIAL + (r % 8 * 4 + row / 2) * 4 + r / 8 * 2 + row % 2;
+__device__ __forceinline__ void finish(const float* sums, u16* y, const u16* bias, int first, int rows, int n) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < ROWS * 8; i += THREADS) {
+    const int r = i % 16, row = i / 16 % 8, tile = i / 128, output = first + tile * 16 + r;
+    if (row >= rows || output >= n) continue;
+    const float* part = sums + tile * SPLIT * SUMS + row * SUM_PITCH + r;
     float sum = 0;
 #pragma unroll
-    for (int j = 0; j < SPLIT; j++) sum += part[j * PARTIAL];
+    for (int j = 0; j < SPLIT; j++) sum += part[j * SUMS];
 #if HALF
     if (bias) sum += f16_to_float(bias[output]);
     y[static_cast<i64>(row) * n + output] = static_cast<u16>(pack_f16(sum, 0));
@@ -244,24 +248,23 @@ KERNEL void __launch_bounds__(THREADS) int4_linear(
     const u16* __restrict__ x, const u8* __restrict__ codes, const u16* __restrict__ scales,
     const u16* __restrict__ bias, u16* __restrict__ y, int rows, int n) {
   u8* barriers = dynamic_shared();
-  float* partial = reinterpret_cast<float*>(barriers + (STAGES + 1) / 2 * 16);
-  u8* stages = reinterpret_cast<u8*>(partial + 2 * WARPS * PARTIAL);
+  float* parts = reinterpret_cast<float*>(barriers + (STAGES + 1) / 2 * 16);
+  u8* stages = reinterpret_cast<u8*>(parts + 2 * WARPS * SUMS);
   const Weight weight = {codes, scales, n};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = gridDim.x * ROWS;
   int first = blockIdx.x * ROWS;
   if (rows < 1 || first >= n) return;
 
   if constexpr (BULK) {
-    // Each stage's barrier is made by the warp that fills the stage.
-    if (lane == 0)
-      for (int slot = warp; slot < STAGES; slot += WARPS) make_barrier(barriers + slot * 8);
-    __syncwarp();
+    if (threadIdx.x == 0) make_barriers(barriers, STAGES);
+    __syncthreads();
   }
+#pragma unroll 1
   for (int slot = 0; slot < EARLY; slot++) fill(stages, barriers, slot, weight, first + slot * step);
   Inputs inputs;
   load_inputs(inputs, x, rows);
+#pragma unroll 1
   for (int slot = EARLY; slot < STAGES - 1; slot++) fill(stages, barriers, slot, weight, first + slot * step);
-  if constexpr (BULK) __syncthreads();
   order_inputs(inputs);
 
   int slot = 0, parity = 0;
@@ -280,9 +283,9 @@ KERNEL void __launch_bounds__(THREADS) int4_linear(
     float total[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) multiply(total, stages + slot * STAGE, inputs.eight[round], round);
-    float* sums = before == partial ? partial + WARPS * PARTIAL : partial;
-    *reinterpret_cast<float4*>(sums + warp * PARTIAL + lane * 4) =
-        make_float4(total[0], total[1], total[2], total[3]);
+    float* sums = before == parts ? parts + WARPS * SUMS : parts;
+    float* to = sums + warp * SUMS + lane % 4 * 2 * SUM_PITCH + lane / 4;
+    for (int i = 0; i < 4; i++) to[i % 2 * SUM_PITCH + i / 2 * 8] = total[i];
     before = sums;
     if (++slot == STAGES) slot = 0, parity ^= 1;
   }

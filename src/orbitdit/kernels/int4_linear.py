@@ -30,7 +30,7 @@ class Shape(NamedTuple):
         """Dynamic shared memory of a block: a barrier for each stage, two partial sums for each warp, the stages."""
         rows = self.warps // self.split * TILE
         pitch = -(-dim // (CHUNK * self.split)) * self.split * CHUNK // 2 + 32
-        return -(-self.stages // 2) * 16 + self.warps * 1024 + self.stages * rows * (pitch + -(-dim // GROUP) * 2)
+        return -(-self.stages // 2) * 16 + self.warps * 1280 + self.stages * rows * (pitch + -(-dim // GROUP) * 2)
 
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

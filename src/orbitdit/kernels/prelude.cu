@@ -147,11 +147,12 @@ __device__ inline void wait_for_all_but() {
 
 // Bulk copies (compute capability 9.0 and later) of a multiple of 16 bytes from global to shared memory, counted by a
 // barrier of 8 bytes in shared memory. One thread says how many bytes the copies bring together; `wait_for` returns when
-// these have arrived, in turns: its first turn has parity 0, its next one parity 1, and so on. Who makes a barrier may
-// use it at once, others after __syncthreads.
-__device__ inline void make_barrier(u8* barrier) {
-  const u32 shared = static_cast<u32>(__cvta_generic_to_shared(barrier));
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.proxy.async.shared::cta;" ::"r"(shared) : "memory");
+// these have arrived, in turns: its first turn has parity 0, its next one parity 1, and so on. One thread makes
+// barriers; others may use them after __syncthreads.
+__device__ inline void make_barriers(u8* barriers, int count) {
+  const u32 shared = static_cast<u32>(__cvta_generic_to_shared(barriers));
+  for (int i = 0; i < count; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared + i * 8) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ inline void expect_bytes(u8* barrier, u32 bytes) {
