@@ -233,3 +233,65 @@ def test_the_next_launch_after_a_failure_is_sound(run):
     out = torch.zeros(32)
     run("float* y", "y[threadIdx.x] = threadIdx.x;", [out])
     assert torch.equal(out, torch.arange(32.0))
+
+
+COPIES = """
+  u8* shared = dynamic_shared();
+  for (int i = 0; i < 3; i++) {
+    copy_async(shared + i * 512 + threadIdx.x * 16, from + i * 512 + threadIdx.x * 16);
+    close_group();
+  }
+  wait_for_all_but<NEWEST>();
+  __syncthreads();
+  for (int i = threadIdx.x; i < 1536; i += 32) to[i] = shared[i];
+"""
+
+
+@pytest.mark.parametrize("newest", [0, 1, 3])
+def test_groups_of_copies_arrive_when_they_are_waited_for(run, newest):
+    data = random_integers(0, 200, (1536,), torch.uint8)
+    to = torch.zeros_like(data)
+    run("const u8* from, u8* to", COPIES, [data, to], shared_bytes=1536, defines={"NEWEST": newest})
+    arrived = 1536 - 512 * newest
+    assert torch.equal(to[:arrived], data[:arrived])
+    assert (to[arrived:] == 0xCD).all()
+
+
+BULK = """
+  u8* shared = dynamic_shared();
+  if (threadIdx.x == 0) make_barriers(shared, 2);
+  __syncthreads();
+  for (int turn = 0; turn < 4; turn++) {
+    u8* barrier = shared + turn % 2 * 8;
+    if (threadIdx.x == 63) {
+      copy_bulk(shared + 16, from + turn * 48, 32, barrier);
+      expect_bytes(barrier, EXPECTED);
+      copy_bulk(shared + 48, from + turn * 48 + 32, 16, barrier);
+    }
+    wait_for(barrier, turn / 2);
+    if (threadIdx.x < 48) to[turn * 48 + threadIdx.x] = shared[16 + threadIdx.x];
+    __syncthreads();
+  }
+"""
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_bulk_copies_and_their_barriers(run, reverse):
+    data = random_integers(0, 200, (192,), torch.uint8)
+    to = torch.zeros_like(data)
+    arguments = "const u8* from, u8* to", BULK, [data, to]
+    run(*arguments, block=64, shared_bytes=64, defines={"EXPECTED": 48}, reverse=reverse)
+    assert torch.equal(to, data)
+    with pytest.raises(EmulationError, match="a barrier of bulk copies"):
+        run(*arguments, block=64, shared_bytes=64, defines={"EXPECTED": 64}, reverse=reverse)
+    with pytest.raises(EmulationError, match="48 bytes at a barrier that expects 32"):
+        run(*arguments, block=64, shared_bytes=64, defines={"EXPECTED": 32}, reverse=reverse)
+
+
+@pytest.mark.parametrize(
+    ("to", "bytes_", "what"), [(0, 16, "under way"), (8, 16, "a copy of 16"), (0, 8, "a copy of 8")]
+)
+def test_bulk_copies_that_the_hardware_would_not_take(run, to, bytes_, what):
+    body = f"u8* s = dynamic_shared(); make_barriers(s, 1); copy_bulk(s + 16 + {to}, from, {bytes_}, s);"
+    with pytest.raises(EmulationError, match=what):
+        run("const u8* from", body, [torch.zeros(32, dtype=torch.uint8)], block=1, shared_bytes=64)

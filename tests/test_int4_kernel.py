@@ -8,13 +8,14 @@ from orbitdit.kernels.int4_linear import WARPS, Shape, shape_for
 from orbitdit.quantize import QuantizedWeight, dequantize_int4, quantize_int4
 
 DTYPES = [torch.bfloat16, torch.float16]
+SMALL = Shape(warps=4, split=2, stages=2, bulk=False)
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def int4_linear(x, quantized, bias, shape=Shape(4, 2, 2, False), blocks=3, reverse=False):
+def int4_linear(x, quantized, bias, shape=SMALL, blocks=3, reverse=False):
     (rows, dim), n = x.shape, len(quantized.codes)
     y = torch.full((rows, n), torch.nan, dtype=x.dtype)
     defines = {"DIM": dim, "HALF": int(x.dtype == torch.float16)}
@@ -111,7 +112,12 @@ def test_every_code_in_every_place(dtype):
 
 def test_the_sum_is_the_same_in_any_order_of_threads():
     quantized, x = quantize_int4(random(64, 1024)), random(8, 1024, seed=1).half()
-    outputs = [int4_linear(x, quantized, None, Shape(4, 4, 3, c), b, r) for r in (False, True) for b in (1, 4) for c in (False, True)]
+    outputs = [
+        int4_linear(x, quantized, None, Shape(4, 4, 3, c), b, r)
+        for r in (False, True)
+        for b in (1, 4)
+        for c in (False, True)
+    ]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
