@@ -259,7 +259,7 @@ def test_groups_of_copies_arrive_when_they_are_waited_for(run, newest):
 
 BULK = """
   u8* shared = dynamic_shared();
-  if (threadIdx.x == 0) make_barriers(shared, 2);
+  if (threadIdx.x == 0) make_barriers(shared, 2, 1);
   __syncthreads();
   for (int turn = 0; turn < 4; turn++) {
     u8* barrier = shared + turn % 2 * 8;
@@ -282,7 +282,7 @@ def test_bulk_copies_and_their_barriers(run, reverse):
     arguments = "const u8* from, u8* to", BULK, [data, to]
     run(*arguments, block=64, shared_bytes=64, defines={"EXPECTED": 48}, reverse=reverse)
     assert torch.equal(to, data)
-    with pytest.raises(EmulationError, match="a barrier of bulk copies"):
+    with pytest.raises(EmulationError, match="a barrier in shared memory"):
         run(*arguments, block=64, shared_bytes=64, defines={"EXPECTED": 64}, reverse=reverse)
     with pytest.raises(EmulationError, match="48 bytes at a barrier that expects 32"):
         run(*arguments, block=64, shared_bytes=64, defines={"EXPECTED": 32}, reverse=reverse)
@@ -292,6 +292,6 @@ def test_bulk_copies_and_their_barriers(run, reverse):
     ("to", "bytes_", "what"), [(0, 16, "under way"), (8, 16, "a copy of 16"), (0, 8, "a copy of 8")]
 )
 def test_bulk_copies_that_the_hardware_would_not_take(run, to, bytes_, what):
-    body = f"u8* s = dynamic_shared(); make_barriers(s, 1); copy_bulk(s + 16 + {to}, from, {bytes_}, s);"
+    body = f"u8* s = dynamic_shared(); make_barriers(s, 1, 1); copy_bulk(s + 16 + {to}, from, {bytes_}, s);"
     with pytest.raises(EmulationError, match=what):
         run("const u8* from", body, [torch.zeros(32, dtype=torch.uint8)], block=1, shared_bytes=64)

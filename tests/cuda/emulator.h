@@ -96,8 +96,18 @@ struct Copies {
   u32 closed;
 };
 
+// The 8 bytes of a barrier: how many arrivals end a turn, how many there have been, whether the number of turns is odd,
+// and the bytes that bulk copies bring in this one.
 struct Barrier {
-  u32 turns, expected;
+  u8 arrivals, arrived, parity, unused;
+  u32 expected;
+};
+
+// A thread arrives at a barrier when the copies that it had started have arrived: its groups before `end`.
+struct LateArrival {
+  u8* barrier;
+  int thread;
+  u32 end;
 };
 
 struct BulkCopy {
@@ -112,7 +122,9 @@ static Copies copies[MAX_THREADS];
 constexpr int BULK_LIMIT = 4096;
 static BulkCopy bulk[BULK_LIMIT];
 static int bulk_count;
-static Meeting bulk_news;  // who waits for bulk copies looks again when there is something new
+static LateArrival late[BULK_LIMIT];
+static int late_count;
+static Meeting news;  // who waits for a barrier looks again when there is something new
 static Meeting warps[MAX_THREADS / 32], block;
 static int current, threads, unfinished;
 static bool backwards;
@@ -230,13 +242,30 @@ inline void store_barrier(u8* barrier, Barrier b) {
   memcpy(barrier, &b, sizeof b);
 }
 
-// The copies that `barrier` counts arrive if together they bring the bytes it expects.
-inline bool arrive_in_bulk(const u8* barrier, u32 expected) {
+// The thread's groups before `end` arrive.
+inline void arrive(int thread, u32 end) {
+  Copies& mine = copies[thread];
+  int left = 0;
+  for (int i = 0; i < mine.count; i++) {
+    const Copies::Copy copy = mine.copy[i];
+    if (copy.group < end) memcpy(copy.to, copy.from, 16);
+    else mine.copy[left++] = copy;
+  }
+  mine.count = left;
+}
+
+// Ends the barrier's turn if nothing but copies under way is missing, which arrive.
+inline bool end_turn(u8* barrier) {
+  Barrier b = load_barrier(barrier);
   u32 sum = 0;
+  int arrived = b.arrived;
   for (int i = 0; i < bulk_count; i++)
     if (bulk[i].barrier == barrier) sum += bulk[i].bytes;
-  if (sum > expected) fail("copies of %u bytes at a barrier that expects %u", sum, expected);
-  if (sum < expected) return false;
+  for (int i = 0; i < late_count; i++) arrived += late[i].barrier == barrier;
+  if (arrived > b.arrivals) fail("%d arrivals at a barrier for %d", arrived, b.arrivals);
+  if (arrived < b.arrivals) return false;
+  if (sum > b.expected) fail("copies of %u bytes at a barrier that expects %u", sum, b.expected);
+  if (sum < b.expected) return false;
   int left = 0;
   for (int i = 0; i < bulk_count; i++) {
     const BulkCopy copy = bulk[i];
@@ -244,6 +273,15 @@ inline bool arrive_in_bulk(const u8* barrier, u32 expected) {
     else bulk[left++] = copy;
   }
   bulk_count = left;
+  left = 0;
+  for (int i = 0; i < late_count; i++) {
+    const LateArrival one = late[i];
+    if (one.barrier == barrier) arrive(one.thread, one.end);
+    else late[left++] = one;
+  }
+  late_count = left;
+  store_barrier(barrier, {b.arrivals, 0, static_cast<u8>(1 - b.parity), 0, 0});
+  release(news);
   return true;
 }
 
@@ -254,7 +292,7 @@ inline bool run_block() {
   memset(warps, 0, sizeof warps);
   memset(&block, 0, sizeof block);
   for (int i = 0; i < threads; i++) copies[i].count = copies[i].closed = 0;
-  bulk_count = 0;
+  bulk_count = late_count = 0;
   unfinished = block.live = threads;
   for (int i = 0; i < threads; i++) warps[i / 32].live++;
   int how = sigsetjmp(leave, 1);
@@ -500,38 +538,35 @@ inline void copy_async(void* to, const void* from) {
 
 inline void close_group() { emulator::copies[emulator::current].closed++; }
 
-namespace emulator {
-// The groups before `end` arrive.
-inline void arrive(u32 end) {
-  Copies& mine = copies[current];
-  int left = 0;
-  for (int i = 0; i < mine.count; i++) {
-    const Copies::Copy copy = mine.copy[i];
-    if (copy.group < end) memcpy(copy.to, copy.from, 16);
-    else mine.copy[left++] = copy;
-  }
-  mine.count = left;
-}
-}  // namespace emulator
-
-inline void wait_for_copies() { emulator::arrive(emulator::copies[emulator::current].closed + 1); }
+inline void wait_for_copies() { emulator::arrive(emulator::current, emulator::copies[emulator::current].closed + 1); }
 
 template <int N>
 inline void wait_for_all_but() {
   const u32 closed = emulator::copies[emulator::current].closed;
-  emulator::arrive(closed > N ? closed - N : 0);
+  emulator::arrive(emulator::current, closed > N ? closed - N : 0);
 }
 
-// A barrier's 8 bytes: how often its bytes have arrived, and how many it expects now.
-inline void make_barriers(u8* barriers, int count) {
-  for (int i = 0; i < count; i++) emulator::store_barrier(barriers + i * 8, {0, 0});
+inline void make_barriers(u8* barriers, int count, u32 arrivals) {
+  for (int i = 0; i < count; i++) emulator::store_barrier(barriers + i * 8, {static_cast<u8>(arrivals), 0, 0, 0, 0});
 }
 
-inline void expect_bytes(u8* barrier, u32 bytes) {
+inline void arrive_bringing(u8* barrier, u32 bytes) {
   emulator::Barrier b = emulator::load_barrier(barrier);
-  if (b.expected) emulator::fail("a barrier that expects bytes already");
-  emulator::store_barrier(barrier, {b.turns, bytes});
-  emulator::release(emulator::bulk_news);
+  if (b.arrived == b.arrivals) emulator::fail("more arrivals at a barrier than the %d it is for", b.arrivals);
+  b.arrived++;
+  b.expected += bytes;
+  emulator::store_barrier(barrier, b);
+  emulator::release(emulator::news);
+}
+
+inline void arrive(u8* barrier) { arrive_bringing(barrier, 0); }
+inline void expect_bytes(u8* barrier, u32 bytes) { arrive_bringing(barrier, bytes); }
+
+inline void arrive_after_copies(u8* barrier) {
+  if (emulator::late_count == emulator::BULK_LIMIT) emulator::fail("too many copies at a time for the emulator");
+  const u32 end = ++emulator::copies[emulator::current].closed;
+  emulator::late[emulator::late_count++] = {barrier, emulator::current, end};
+  emulator::release(emulator::news);
 }
 
 inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrier) {
@@ -539,20 +574,14 @@ inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrier) {
     emulator::fail("a copy of %u bytes from %p to %p", bytes, from, to);
   if (emulator::bulk_count == emulator::BULK_LIMIT) emulator::fail("too many copies at a time for the emulator");
   emulator::bulk[emulator::bulk_count++] = {to, from, bytes, barrier};
-  emulator::release(emulator::bulk_news);
+  emulator::release(emulator::news);
 }
 
+// A turn ends, with its copies, when somebody has waited for it in vain: as late as may be. A thread that arrives for the
+// next turn before would be too many.
 inline void wait_for(u8* barrier, u32 parity) {
-  for (;;) {
-    const emulator::Barrier b = emulator::load_barrier(barrier);
-    if (b.turns % 2 != parity) return;
-    if (b.expected && emulator::arrive_in_bulk(barrier, b.expected)) {
-      emulator::store_barrier(barrier, {b.turns + 1, 0});
-      emulator::release(emulator::bulk_news);
-      return;
-    }
-    emulator::wait(emulator::bulk_news, "a barrier of bulk copies");
-  }
+  while (emulator::load_barrier(barrier).parity == parity && !emulator::end_turn(barrier))
+    emulator::wait(emulator::news, "a barrier in shared memory");
 }
 
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }

@@ -13,28 +13,32 @@ ROWS = 8
 """Rows of x that the kernel takes: the columns of one tensor-core product."""
 TILE, CHUNK, GROUP = 16, 256, 64
 """Rows of the weight that a warp multiplies together, inputs that it takes at a time, and inputs with one scale."""
-WARPS, CHUNKS = 16, 32
-"""The most warps of a block, and the most chunks in a row: what registers hold of x."""
+WARPS, CHUNKS = 12, 48
+"""The most warps that share a tile (two such blocks fit in the registers of a processor), and the most chunks in a row: what registers hold of x."""
 
 
 class Shape(NamedTuple):
-    """Warps of a block, how many share a tile, stages of shared memory, and whether the hardware copies whole rows."""
+    """Warps of a block that multiply a tile together, stages, and whether the hardware copies whole rows."""
 
     warps: int
-    split: int
     stages: int
     bulk: bool
-    early: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one more warp copies."""
+        return 32 * self.warps + 32
 
     def shared_bytes(self, dim: int) -> int:
-        """Dynamic shared memory of a block: a barrier for each stage, two partial sums for each warp, the stages."""
-        rows = self.warps // self.split * TILE
-        pitch = -(-dim // (CHUNK * self.split)) * self.split * CHUNK // 2 + 32
-        return -(-self.stages // 2) * 16 + self.warps * 1280 + self.stages * rows * (pitch + -(-dim // GROUP) * 2)
+        """Dynamic shared memory of a block: barriers, what sums start from, sums of each tile in hand, the stages."""
+        rounds = -(-dim // (CHUNK * self.warps))
+        stage = TILE * (self.warps * CHUNK // 2 + 32 + -(-dim // GROUP) * 2)
+        starts, sums = self.warps * rounds * 256, (self.stages + rounds) // rounds * self.warps * 640
+        return self.stages * 16 + starts + sums + self.stages * stage
 
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """See reference.py; more than 8 rows of x, fp32, and rows too wide for shared memory take that."""
+    """See reference.py; more than 8 rows of x, fp32, and rows of more than 12288 inputs take that."""
     dim, n = x.shape[-1], codes.shape[0]
     rows = x.numel() // dim
     plan = None
@@ -61,11 +65,10 @@ def launch(plan: Plan, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | 
     scales = scales if scales.dtype == torch.bfloat16 else scales.to(torch.bfloat16)
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
     read = [readable(t) for t in (x, codes, scales)]
-    warps, split = plan.shape.warps, plan.shape.split
-    blocks = min(plan.resident, -(-(-(-n // TILE) * split) // warps))
+    blocks = min(plan.resident, -(-n // TILE))
     bias_at = 0 if bias is None else bias.data_ptr()
     pointers = *(t.data_ptr() for t in read), bias_at, y.data_ptr()
-    plan.kernel.launch(blocks, 32 * warps, plan.shared, *pointers, x.numel() // dim, n)
+    plan.kernel.launch(blocks, plan.shape.threads, plan.shared, *pointers, x.numel() // dim, n)
     return y
 
 
@@ -74,7 +77,7 @@ def build(shape: Shape, dim: int, half: bool, device: int) -> Plan:
     defines = (("DIM", dim), ("HALF", int(half)), *((name.upper(), int(v)) for name, v in shape._asdict().items()))
     built = kernel("int4_linear.cu", "int4_linear", defines, "PPPPPii", device)
     shared = shape.shared_bytes(dim)
-    return Plan(built, shape, shared, processors(device) * max(1, built.blocks_per_processor(32 * shape.warps, shared)))
+    return Plan(built, shape, shared, processors(device) * max(1, built.blocks_per_processor(shape.threads, shared)))
 
 
 @cache
@@ -86,15 +89,16 @@ def _plan(dim: int, half: bool, whole_tiles: bool, device: int) -> Plan | None:
 
 
 def shape_for(dim: int, bulk: bool, shared: int) -> Shape | None:
-    """As many warps to a tile as a row has chunks, and as many stages as `shared` bytes hold, or None."""
+    """A block's warps take equal parts of a row, in as few rounds as can be; 3 stages or what `shared` bytes hold; None if registers cannot hold the inputs.
+
+    Measured on an H200 (docs/performance.md): short rows are better copied by threads.
+    """
     chunks = -(-dim // CHUNK)
     if chunks > CHUNKS:
         return None
-    split = -(-chunks // -(-chunks // WARPS))
-    warps = max(split, 4 // split * split)
-    bulk = bulk and dim >= 1024
-    for stages in range(8, 1, -1):
-        shape = Shape(warps, split, stages if split == warps else 2, bulk)
+    warps = -(-chunks // -(-chunks // WARPS))
+    for stages in (3, 2):
+        shape = Shape(warps, stages, bulk and dim >= 1024)
         if shape.shared_bytes(dim) <= shared:
             return shape
     return None

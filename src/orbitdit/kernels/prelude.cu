@@ -145,19 +145,33 @@ __device__ inline void wait_for_all_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Bulk copies (compute capability 9.0 and later) of a multiple of 16 bytes from global to shared memory, counted by a
-// barrier of 8 bytes in shared memory. One thread says how many bytes the copies bring together; `wait_for` returns when
-// these have arrived, in turns: its first turn has parity 0, its next one parity 1, and so on. One thread makes
-// barriers; others may use them after __syncthreads.
-__device__ inline void make_barriers(u8* barriers, int count) {
-  const u32 shared = static_cast<u32>(__cvta_generic_to_shared(barriers));
-  for (int i = 0; i < count; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared + i * 8) : "memory");
+// Barriers of 8 bytes in shared memory that count: a turn ends when `arrivals` threads have arrived, with all that they
+// wrote before. `wait_for` returns when the turn is over: the first turn has parity 0, the next one parity 1, and so on.
+// One thread makes barriers; others may use them after __syncthreads.
+__device__ inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void make_barriers(u8* barriers, int count, u32 arrivals) {
+  for (int i = 0; i < count; i++)
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barriers + i * 8)), "r"(arrivals) : "memory");
+#if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
+__device__ inline void arrive(u8* barrier) {
+  asm volatile("{ .reg .b64 s; mbarrier.arrive.shared.b64 s, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives when this thread's copies so far have; what it has stored otherwise does not count.
+__device__ inline void arrive_after_copies(u8* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Bulk copies (compute capability 9.0 and later) of a multiple of 16 bytes from global to shared memory, counted by a
+// barrier: one thread arrives and says how many bytes the turn's copies bring together, which the barrier waits for too.
 __device__ inline void expect_bytes(u8* barrier, u32 bytes) {
-  const u32 shared = static_cast<u32>(__cvta_generic_to_shared(barrier));
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 }
 
 __device__ inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrier) {
@@ -168,14 +182,16 @@ __device__ inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrie
 }
 
 __device__ inline void wait_for(u8* barrier, u32 parity) {
-  const u32 shared = static_cast<u32>(__cvta_generic_to_shared(barrier));
   u32 done;
   do {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(shared), "r"(parity)
-        : "memory");
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#else
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#endif
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
   } while (!done);
 }
 
