@@ -295,3 +295,53 @@ def test_bulk_copies_that_the_hardware_would_not_take(run, to, bytes_, what):
     body = f"u8* s = dynamic_shared(); make_barriers(s, 1, 1); copy_bulk(s + 16 + {to}, from, {bytes_}, s);"
     with pytest.raises(EmulationError, match=what):
         run("const u8* from", body, [torch.zeros(32, dtype=torch.uint8)], block=1, shared_bytes=64)
+
+
+COUNTED = """
+  u8* shared = dynamic_shared();
+  if (threadIdx.x == 0) make_barriers(shared, 2, 32);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    for (int turn = 0; turn < 3; turn++) {
+      if (turn) wait_for(shared + 8, (turn - 1) % 2);
+      copy_async(shared + 16 + threadIdx.x * 16, from + (turn * 32 + threadIdx.x) * 16);
+      if (turn == 1) wait_for_copies();
+      for (int i = 0; i < ARRIVALS; i++) turn == 1 ? arrive(shared) : arrive_after_copies(shared);
+    }
+  } else {
+    for (int turn = 0; turn < 3; turn++) {
+      wait_for(shared, turn % 2);
+      for (int i = threadIdx.x - 32; i < 512; i += 32) to[turn * 512 + i] = shared[16 + i];
+      arrive(shared + 8);
+    }
+  }
+"""
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_barriers_that_count_arrivals(run, reverse):
+    data = random_integers(0, 200, (3 * 512,), torch.uint8)
+    to = torch.zeros_like(data)
+    arguments = "const u8* from, u8* to", COUNTED, [data, to]
+    run(*arguments, block=64, shared_bytes=528, defines={"ARRIVALS": 1}, reverse=reverse)
+    assert torch.equal(to, data)
+    with pytest.raises(EmulationError, match="a barrier in shared memory"):
+        run(*arguments, block=64, shared_bytes=528, defines={"ARRIVALS": 0}, reverse=reverse)
+    with pytest.raises(EmulationError, match="arrivals at a barrier"):
+        run(*arguments, block=64, shared_bytes=528, defines={"ARRIVALS": 2}, reverse=reverse)
+
+
+def test_copies_arrive_when_they_are_waited_for(run):
+    """Whoever reads before the barrier's turn is over does not see what comes with it."""
+    body = """
+  u8* shared = dynamic_shared();
+  make_barriers(shared, 1, 1);
+  copy_async(shared + 16, from);
+  arrive_after_copies(shared);
+  to[0] = shared[16];
+  wait_for(shared, 0);
+  to[1] = shared[16];
+"""
+    to = torch.zeros(2, dtype=torch.uint8)
+    run("const u8* from, u8* to", body, [torch.full((16,), 7, dtype=torch.uint8), to], block=1, shared_bytes=32)
+    assert to.tolist() == [0xCD, 7]

@@ -279,6 +279,7 @@ __device__ __forceinline__ void multiply_tiles(const Shared& shared, const u16* 
   load_inputs(inputs, x, rows);
   order_inputs(inputs);
   make_starts(starts, inputs);
+  __syncthreads();  // now there are barriers
 #pragma unroll 1
   for (int tile = 0; (blockIdx.x + tile * gridDim.x) * ROWS < n; tile++) {
     float total[4] = {0, 0, 0, 0};
@@ -335,8 +336,14 @@ __device__ __forceinline__ void finish(const float* sums, u16* y, const float (&
 // The warp that moves: pieces into stages as these are used up, and sums to the outputs.
 __device__ __forceinline__ void move_tiles(const Shared& shared, const Weight& weight, const u16* bias, u16* y, int rows) {
   const int step = gridDim.x * ROWS;
+  if (threadIdx.x % 32 == 0) {
+    make_barriers(shared.full, STAGES, BULK ? 1 : 32);
+    make_barriers(shared.used, STAGES, WARPS);
+  }
+  __syncwarp();
 #pragma unroll 1
   for (int piece = 0; piece < STAGES; piece++) fill(shared, weight, piece);
+  __syncthreads();
   int piece = 0, tile = 0;
 #pragma unroll 1
   for (int first = blockIdx.x * ROWS; first < weight.n; first += step, tile++) {
@@ -352,6 +359,7 @@ __device__ __forceinline__ void move_tiles(const Shared& shared, const Weight& w
       fill(shared, weight, piece + STAGES);
     }
     finish(shared.sums + tile % BUFFERS * WARPS * SUMS, y, offset, first, rows, weight.n);
+    __syncwarp();  // these sums have been read when any lane asks for more
   }
 }
 
@@ -362,11 +370,6 @@ KERNEL void __launch_bounds__(THREADS, ROUNDS == 1 ? 2 : 1) int4_linear(
     const u16* __restrict__ bias, u16* __restrict__ y, int rows, int n) {
   const Shared shared = shared_parts();
   if (rows < 1 || static_cast<int>(blockIdx.x) * ROWS >= n) return;
-  if (threadIdx.x == 0) {
-    make_barriers(shared.full, STAGES, BULK ? 1 : 32);
-    make_barriers(shared.used, STAGES, WARPS);
-  }
-  __syncthreads();
   if (threadIdx.x < WARPS * 32) {
     multiply_tiles(shared, x, rows, n);
   } else {

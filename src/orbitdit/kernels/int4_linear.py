@@ -89,16 +89,15 @@ def _plan(dim: int, half: bool, whole_tiles: bool, device: int) -> Plan | None:
 
 
 def shape_for(dim: int, bulk: bool, shared: int) -> Shape | None:
-    """A block's warps take equal parts of a row, in as few rounds as can be; 3 stages or what `shared` bytes hold; None if registers cannot hold the inputs.
+    """The launch for `dim` inputs where a block has `shared` bytes of shared memory; None for too many inputs.
 
-    Measured on an H200 (docs/performance.md): short rows are better copied by threads.
+    Warps take equal parts of a row, in as few rounds as can be. Measured on an H200: with 3 stages two blocks of 12
+    warps fit beside each other, which is better than more stages; short rows need 2, and are better copied by threads.
     """
     chunks = -(-dim // CHUNK)
     if chunks > CHUNKS:
         return None
-    warps = -(-chunks // -(-chunks // WARPS))
-    for stages in (3, 2):
-        shape = Shape(warps, stages, bulk and dim >= 1024)
-        if shape.shared_bytes(dim) <= shared:
-            return shape
-    return None
+    rounds = -(-chunks // WARPS)
+    most = 2 if dim < 1024 else 3 if rounds == 1 else 6
+    shapes = (Shape(-(-chunks // rounds), stages, bulk and dim >= 1024) for stages in range(most, 1, -1))
+    return next((shape for shape in shapes if shape.shared_bytes(dim) <= shared), None)

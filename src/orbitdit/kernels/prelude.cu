@@ -147,7 +147,8 @@ __device__ inline void wait_for_all_but() {
 
 // Barriers of 8 bytes in shared memory that count: a turn ends when `arrivals` threads have arrived, with all that they
 // wrote before. `wait_for` returns when the turn is over: the first turn has parity 0, the next one parity 1, and so on.
-// One thread makes barriers; others may use them after __syncthreads.
+// One thread makes barriers; others may use them after __syncthreads or, in its warp,
+// __syncwarp.
 __device__ inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 __device__ inline void make_barriers(u8* barriers, int count, u32 arrivals) {
