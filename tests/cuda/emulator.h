@@ -85,7 +85,7 @@ struct Meeting {
 
 // A thread's copies under way, and how many groups of them it has closed.
 struct Copies {
-  static constexpr int LIMIT = 256;
+  static constexpr int LIMIT = 512;
   struct Copy {
     void* to;
     const void* from;

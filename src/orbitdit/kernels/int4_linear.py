@@ -14,7 +14,7 @@ ROWS = 8
 TILE, CHUNK, GROUP = 16, 256, 64
 """Rows of the weight that a warp multiplies together, inputs that it takes at a time, and inputs with one scale."""
 WARPS, CHUNKS = 12, 48
-"""The most warps that share a tile (two such blocks fit in the registers of a processor), and the most chunks in a row: what registers hold of x."""
+"""The most warps that share a tile (two such blocks fit in a processor's registers), and the most chunks in a row."""
 
 
 class Shape(NamedTuple):
