@@ -235,28 +235,6 @@ def test_the_next_launch_after_a_failure_is_sound(run):
     assert torch.equal(out, torch.arange(32.0))
 
 
-COPIES = """
-  u8* shared = dynamic_shared();
-  for (int i = 0; i < 3; i++) {
-    copy_async(shared + i * 512 + threadIdx.x * 16, from + i * 512 + threadIdx.x * 16);
-    close_group();
-  }
-  wait_for_all_but<NEWEST>();
-  __syncthreads();
-  for (int i = threadIdx.x; i < 1536; i += 32) to[i] = shared[i];
-"""
-
-
-@pytest.mark.parametrize("newest", [0, 1, 3])
-def test_groups_of_copies_arrive_when_they_are_waited_for(run, newest):
-    data = random_integers(0, 200, (1536,), torch.uint8)
-    to = torch.zeros_like(data)
-    run("const u8* from, u8* to", COPIES, [data, to], shared_bytes=1536, defines={"NEWEST": newest})
-    arrived = 1536 - 512 * newest
-    assert torch.equal(to[:arrived], data[:arrived])
-    assert (to[arrived:] == 0xCD).all()
-
-
 BULK = """
   u8* shared = dynamic_shared();
   if (threadIdx.x == 0) make_barriers(shared, 2, 1);

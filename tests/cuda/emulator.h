@@ -536,15 +536,7 @@ inline void copy_async(void* to, const void* from) {
   mine.copy[mine.count++] = {to, from, mine.closed};
 }
 
-inline void close_group() { emulator::copies[emulator::current].closed++; }
-
 inline void wait_for_copies() { emulator::arrive(emulator::current, emulator::copies[emulator::current].closed + 1); }
-
-template <int N>
-inline void wait_for_all_but() {
-  const u32 closed = emulator::copies[emulator::current].closed;
-  emulator::arrive(emulator::current, closed > N ? closed - N : 0);
-}
 
 inline void make_barriers(u8* barriers, int count, u32 arrivals) {
   for (int i = 0; i < count; i++) emulator::store_barrier(barriers + i * 8, {static_cast<u8>(arrivals), 0, 0, 0, 0});
@@ -577,8 +569,7 @@ inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrier) {
   emulator::release(emulator::news);
 }
 
-// A turn ends, with its copies, when somebody has waited for it in vain: as late as may be. A thread that arrives for the
-// next turn before would be too many.
+// A turn ends, with its copies, when somebody waits for it: as late as may be. Nobody may arrive for the next before.
 inline void wait_for(u8* barrier, u32 parity) {
   while (emulator::load_barrier(barrier).parity == parity && !emulator::end_turn(barrier))
     emulator::wait(emulator::news, "a barrier in shared memory");
@@ -587,10 +578,6 @@ inline void wait_for(u8* barrier, u32 parity) {
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 
 // Rounded twice where the exact result does not fit a float; kernels use them where it does.
-inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
-  auto half = [=](int s) { return fmaf(bf16_to_float(a >> s), bf16_to_float(b >> s), bf16_to_float(c >> s)); };
-  return pack_bf16(half(0), half(16));
-}
 inline u32 fma_f16x2(u32 a, u32 b, u32 c) {
   auto half = [=](int s) { return fmaf(f16_to_float(a >> s), f16_to_float(b >> s), f16_to_float(c >> s)); };
   return pack_f16(half(0), half(16));

@@ -5,19 +5,20 @@
 //   scales (n, ceil(DIM / 64)) bf16; x, codes and scales begin at multiples of 16 bytes
 //
 // Reading the weight is all the cost there is. A block's share of it passes through a ring of STAGES stages of shared
-// memory, each with one piece: the part of a tile of 16 rows that WARPS warps take in a round, 256 inputs each. One more
-// warp does nothing but move: it asks for the next piece as soon as a stage is free, and writes finished outputs. The
-// others multiply and wait for nothing but their pieces. With BULK the hardware copies whole rows and counts their bytes;
-// without it (compute capability 8, short or odd rows) the lanes of that warp copy 16 bytes at a time.
+// memory, each with one piece: the part of a tile of 16 rows that WARPS warps take in a round, 256 inputs each. One
+// more warp does nothing but move: it asks for the next piece as soon as a stage is free, and writes finished outputs.
+// The others multiply and wait for nothing but their pieces. With BULK the hardware copies whole rows and counts their
+// bytes; without it (compute capability 8, short or odd rows) the lanes of that warp copy 16 bytes at a time.
 //
 // The warps' sums of a tile are added in a fixed order. A warp needs the same part of x for all tiles, and holds it in
-// registers. The weight is the A operand of the tensor cores, the rows of x are the 8 columns of
-// B. A sum has no order, so the inputs of a group are dealt out such that a lane multiplies the 8 bytes that it has read:
-// lane (g, q) reads bytes 8q .. 8q+7 of a group from rows g and g+8, and orders its part of x as the codes come out of
-// these bytes. Codes become 16-bit numbers exactly. In bf16 these are the codes + 128, and what that is too much (136
-// times the sum of x over the group, the same for all rows of the weight) is where a group's sum starts: products are
-// exact, so this costs an fp32 rounding of that size. Each group's sum is multiplied with its scale in fp32. What lies
-// past the last input counts as zeros; rows past the last one give sums that nobody stores.
+// registers. The weight is the A operand of the tensor cores, the rows of x are the 8 columns of B. A sum has no order,
+// so the inputs of a group are dealt out such that a lane multiplies the 8 bytes that it has read: lane (g, q) reads
+// bytes 8q .. 8q+7 of a group from rows g and g+8, and orders its part of x as the codes come out of these bytes. Codes
+// become 16-bit numbers exactly, in fp16 the codes - 8. In bf16 they become the codes + 128, and what that is too much
+// (136 times the sum of x over the group, the same for all rows of the weight) is where a group's sum starts: fp32 then
+// rounds larger sums, which costs at most 2^-22 * 136, or 3e-5 steps of a code, for each input. Each group's sum is
+// multiplied with its scale in fp32. What lies past the last input counts as zeros; rows past the last one give sums
+// that nobody stores.
 //
 // Compile-time: DIM; HALF (1: fp16, 0: bf16); WARPS that multiply; STAGES, at least 2; BULK, which needs
 // n % 16 == 0, DIM % 32 == 0 and compute capability 9.0. int4_linear.py counts the shared memory.
@@ -90,7 +91,7 @@ __device__ __forceinline__ void copy_piece(u8* stage, u8* barrier, const Weight&
     }
   }
   // Stores are seen by whoever sees the thread arrive; copies arrive on their own.
-  if (STEP == 16 && GROUPS * ROWS % 8 == 0 && rows == ROWS) {
+  if (STEP == 16 && rows == ROWS) {
     arrive_after_copies(barrier);
   } else {
     wait_for_copies();
@@ -102,7 +103,8 @@ __device__ __forceinline__ void copy_piece_in_bulk(u8* stage, u8* barrier, const
   const int lane = threadIdx.x % 32, bytes = WHOLE ? PIECE : min(PIECE, PITCH - round * PIECE);
   if (lane == ROWS) {
     expect_bytes(barrier, ROWS * (bytes + GROUPS * 2));
-    copy_bulk(stage + ROWS * SHARED_PITCH, weight.scales + static_cast<i64>(first) * GROUPS, ROWS * GROUPS * 2, barrier);
+    const u16* scales = weight.scales + static_cast<i64>(first) * GROUPS;
+    copy_bulk(stage + ROWS * SHARED_PITCH, scales, ROWS * GROUPS * 2, barrier);
   } else if (lane < ROWS) {
     const u8* codes = weight.codes + (static_cast<i64>(first + lane) * PITCH + round * PIECE);
     copy_bulk(stage + lane * SHARED_PITCH, codes, bytes, barrier);
@@ -334,7 +336,8 @@ __device__ __forceinline__ void finish(const float* sums, u16* y, const float (&
 }
 
 // The warp that moves: pieces into stages as these are used up, and sums to the outputs.
-__device__ __forceinline__ void move_tiles(const Shared& shared, const Weight& weight, const u16* bias, u16* y, int rows) {
+__device__ __forceinline__ void move_tiles(const Shared& shared, const Weight& weight, const u16* bias, u16* y,
+                                           int rows) {
   const int step = gridDim.x * ROWS;
   if (threadIdx.x % 32 == 0) {
     make_barriers(shared.full, STAGES, BULK ? 1 : 32);

@@ -137,23 +137,15 @@ __device__ inline void copy_async(void* to, const void* from) {
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Closes a group of this thread's copies; `wait_for_all_but<N>` waits for all groups but the latest N.
-__device__ inline void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int N>
-__device__ inline void wait_for_all_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
 // Barriers of 8 bytes in shared memory that count: a turn ends when `arrivals` threads have arrived, with all that they
-// wrote before. `wait_for` returns when the turn is over: the first turn has parity 0, the next one parity 1, and so on.
-// One thread makes barriers; others may use them after __syncthreads or, in its warp,
-// __syncwarp.
+// wrote before. `wait_for` returns when the turn is over; the first turn has parity 0, the next one parity 1, and so
+// on. One thread makes barriers; others may use them after __syncthreads or, in its warp, __syncwarp.
 __device__ inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 __device__ inline void make_barriers(u8* barriers, int count, u32 arrivals) {
+  const u32 first = shared_address(barriers);
   for (int i = 0; i < count; i++)
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barriers + i * 8)), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(first + i * 8), "r"(arrivals) : "memory");
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
@@ -169,7 +161,7 @@ __device__ inline void arrive_after_copies(u8* barrier) {
 }
 
 // Bulk copies (compute capability 9.0 and later) of a multiple of 16 bytes from global to shared memory, counted by a
-// barrier: one thread arrives and says how many bytes the turn's copies bring together, which the barrier waits for too.
+// barrier: one thread arrives and says how many bytes the turn's copies bring together, and the turn waits for them.
 __device__ inline void expect_bytes(u8* barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -197,12 +189,6 @@ __device__ inline void wait_for(u8* barrier, u32 parity) {
 }
 
 // a * b + c for both halves of a register, rounded once.
-__device__ inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-
 __device__ inline u32 fma_f16x2(u32 a, u32 b, u32 c) {
   u32 r;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
