@@ -98,6 +98,11 @@ def test_every_width_up_to_12288_has_a_launch_on_every_device():
         assert shape_for(12289, False, shared) is None
 
 
+def test_two_blocks_for_3072_inputs_fit_beside_each_other():
+    """A processor of compute capability 9.0 has 228 KiB, and takes 1 KiB for each block."""
+    assert 2 * (shape_for(3072, True, 227 << 10).shared_bytes(3072) + 1024) <= 228 << 10
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_code_in_every_place(dtype):
     """Each row of x picks one input, so each output is one weight, exactly."""

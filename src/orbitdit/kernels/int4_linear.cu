@@ -72,26 +72,33 @@ __device__ __forceinline__ void copy_piece(u8* stage, u8* barrier, const Weight&
   const u8* codes = weight.codes + (static_cast<i64>(first) * PITCH + round * PIECE);
   const u16* scales = weight.scales + static_cast<i64>(first) * GROUPS;
   u16* to = reinterpret_cast<u16*>(stage + ROWS * SHARED_PITCH);
+#pragma unroll 1
   for (int i = lane * 8; i < rows * GROUPS; i += 32 * 8) {
     if (i + 8 <= rows * GROUPS) {
       copy_async(to + i, scales + i);
     } else {
+#pragma unroll 1
       for (int j = i; j < rows * GROUPS; j++) to[j] = scales[j];
     }
   }
-  constexpr int STEP = PITCH % 16 ? 1 : 16, STEPS = PIECE / STEP;
-#pragma unroll 4
-  for (int i = lane; i < ROWS * STEPS; i += 32) {
-    const int row = i / STEPS, offset = i % STEPS * STEP;
-    if (row >= rows || (!WHOLE && round * PIECE + offset >= PITCH)) continue;
-    if constexpr (STEP == 16) {
-      copy_async(stage + row * SHARED_PITCH + offset, codes + row * PITCH + offset);
-    } else {
-      stage[row * SHARED_PITCH + offset] = codes[row * PITCH + offset];
-    }
+  if constexpr (PITCH % 16 == 0) {  // four rows at a time, eight lanes to each
+    const int row = lane / 8, left = PITCH - round * PIECE - lane % 8 * 16;
+    const u8* from = codes + row * PITCH + lane % 8 * 16;
+    u8* shared = stage + row * SHARED_PITCH + lane % 8 * 16;
+#pragma unroll
+    for (int i = 0; i < ROWS; i += 4)
+#pragma unroll
+      for (int offset = 0; offset < PIECE; offset += CHUNK_BYTES)
+        if (row + i < rows && (WHOLE || offset < left))
+          copy_async(shared + i * SHARED_PITCH + offset, from + i * PITCH + offset);
+  } else {
+    const int bytes = min(PIECE, PITCH - round * PIECE);
+#pragma unroll 1
+    for (int i = lane; i < rows * bytes; i += 32)
+      stage[i / bytes * SHARED_PITCH + i % bytes] = codes[i / bytes * PITCH + i % bytes];
   }
   // Stores are seen by whoever sees the thread arrive; copies arrive on their own.
-  if (STEP == 16 && rows == ROWS) {
+  if (PITCH % 16 == 0 && rows == ROWS) {
     arrive_after_copies(barrier);
   } else {
     wait_for_copies();
