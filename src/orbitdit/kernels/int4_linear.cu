@@ -16,7 +16,7 @@
 // bytes 8q .. 8q+7 of a group from rows g and g+8, and orders its part of x as the codes come out of these bytes. Codes
 // become 16-bit numbers exactly, in fp16 the codes - 8. In bf16 they become the codes + 128, and what that is too much
 // (136 times the sum of x over the group, the same for all rows of the weight) is where a group's sum starts: fp32 then
-// rounds larger sums, which costs at most 2^-22 * 136, or 3e-5 steps of a code, for each input. Each group's sum is
+// rounds larger sums, which costs about 2^-22 * 136, or 3e-5 steps of a code, for each input. Each group's sum is
 // multiplied with its scale in fp32. What lies past the last input counts as zeros; rows past the last one give sums
 // that nobody stores.
 //
