@@ -110,18 +110,23 @@ class Activation(NamedTuple):
         """`x` (..., dim) rounded to its grid, in its dtype."""
         if self.bits == 16:
             return x
-        half, full = 2 ** (self.bits - 1), 2**self.bits - 1
-        groups = x.float().reshape(-1, self.group or x.shape[-1])
-        if self.symmetric:
-            unsigned = torch.zeros(1, dtype=torch.bool, device=x.device) if self.unsigned is None else self.unsigned
-            unsigned = unsigned.repeat(len(groups) // len(unsigned))
-            largest = torch.linalg.vector_norm(groups, torch.inf, dim=-1) * self.clip
-            scale, zero = largest / torch.where(unsigned, full, half - 1), torch.where(unsigned, -half, 0)
-        else:
-            low, high = groups.aminmax(dim=-1)
-            low, high = low.clamp(max=0), high.clamp(min=0)
-            scale = (high - low) / full
-            zero = -half - (low / scale.clamp(min=1e-20)).round()
-        scale = scale.clamp(min=1e-20)
-        rounded = torch.fake_quantize_per_channel_affine(groups, scale, zero.int(), 0, -half, half - 1)
-        return rounded.view(x.shape).to(x.dtype)
+        groups = x.unflatten(-1, (-1, self.group or x.shape[-1]))
+        full = 2**self.bits - 1
+        if not self.symmetric:
+            low, high = groups.aminmax(dim=-1, keepdim=True)
+            low, high = low.float().clamp_(max=0), high.float().clamp_(min=0)
+            scale = ((high - low) / full).clamp_(min=1e-20)
+            least = (low / scale).round_()
+            return self._rounded(groups, scale, least, least + full, x)
+        signed = 2 ** (self.bits - 1) - 1
+        unsigned = torch.zeros(1, dtype=torch.bool, device=x.device) if self.unsigned is None else self.unsigned
+        most = torch.where(unsigned, full, signed)[:, None].float()
+        largest = torch.linalg.vector_norm(groups, torch.inf, dim=-1, keepdim=True).float()
+        scale = (largest * self.clip / most).clamp_(min=1e-20)
+        return self._rounded(groups, scale, torch.where(unsigned, 0, -signed - 1)[:, None].float(), most, x)
+
+    @staticmethod
+    def _rounded(groups: Tensor, scale: Tensor, least: Tensor, most: Tensor, like: Tensor) -> Tensor:
+        """Computed in fp32, and in place: on a GPU the passes over memory are what takes time."""
+        codes = (groups / scale).round_().clamp_(least, most)
+        return codes.mul_(scale).to(like.dtype).view(like.shape)

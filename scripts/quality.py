@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,7 @@ class Subject:
         self.device, self.world, self.steps = device, judged_world(folder), steps
         self.prompts = [p.text for p in benchmark(per_category, world=self.world)]
         self.pipeline = load_pipeline(folder, compute_dtype(device)).to(device)
+        self.pipeline.initial_noise = cache(self.pipeline.initial_noise)  # over a second for all prompts
         self.originals: dict[str, nn.Module] = {
             name: getattr(self.pipeline, name) for name in transformers_in(folder) if name
         }

@@ -78,14 +78,12 @@ def test_conversions_from_16_bits_are_exact(run, expression, dtype):
     torch.testing.assert_close(out, x.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["bf16", "f16"])
-def test_fma_of_pairs(run, name):
-    dtype = torch.bfloat16 if name == "bf16" else torch.float16
-    a, b, c = (random_integers(-16, 17, (32, 2), dtype) for _ in range(3))
-    out = torch.empty(32, 2, dtype=dtype)
-    body = f"int i = threadIdx.x; y[i] = fma_{name}x2(a[i], b[i], c[i]);"
+def test_fma_of_pairs(run):
+    a, b, c = (random_integers(-16, 17, (32, 2), torch.float16) for _ in range(3))
+    out = torch.empty(32, 2, dtype=torch.float16)
+    body = "int i = threadIdx.x; y[i] = fma_f16x2(a[i], b[i], c[i]);"
     run("const u32* a, const u32* b, const u32* c, u32* y", body, [a, b, c, out])
-    assert torch.equal(out, (a.float() * b.float() + c.float()).to(dtype))
+    assert torch.equal(out, (a.float() * b.float() + c.float()).half())
 
 
 @pytest.mark.parametrize(
@@ -233,3 +231,93 @@ def test_the_next_launch_after_a_failure_is_sound(run):
     out = torch.zeros(32)
     run("float* y", "y[threadIdx.x] = threadIdx.x;", [out])
     assert torch.equal(out, torch.arange(32.0))
+
+
+BULK = """
+  u8* shared = dynamic_shared();
+  if (threadIdx.x == 0) make_barriers(shared, 2, 1);
+  __syncthreads();
+  for (int turn = 0; turn < 4; turn++) {
+    u8* barrier = shared + turn % 2 * 8;
+    if (threadIdx.x == 63) {
+      copy_bulk(shared + 16, from + turn * 48, 32, barrier);
+      expect_bytes(barrier, EXPECTED);
+      copy_bulk(shared + 48, from + turn * 48 + 32, 16, barrier);
+    }
+    wait_for(barrier, turn / 2);
+    if (threadIdx.x < 48) to[turn * 48 + threadIdx.x] = shared[16 + threadIdx.x];
+    __syncthreads();
+  }
+"""
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_bulk_copies_and_their_barriers(run, reverse):
+    data = random_integers(0, 200, (192,), torch.uint8)
+    to = torch.zeros_like(data)
+    arguments = "const u8* from, u8* to", BULK, [data, to]
+    run(*arguments, block=64, shared_bytes=64, defines={"EXPECTED": 48}, reverse=reverse)
+    assert torch.equal(to, data)
+    with pytest.raises(EmulationError, match="a barrier in shared memory"):
+        run(*arguments, block=64, shared_bytes=64, defines={"EXPECTED": 64}, reverse=reverse)
+    with pytest.raises(EmulationError, match="48 bytes at a barrier that expects 32"):
+        run(*arguments, block=64, shared_bytes=64, defines={"EXPECTED": 32}, reverse=reverse)
+
+
+@pytest.mark.parametrize(
+    ("to", "bytes_", "what"), [(0, 16, "under way"), (8, 16, "a copy of 16"), (0, 8, "a copy of 8")]
+)
+def test_bulk_copies_that_the_hardware_would_not_take(run, to, bytes_, what):
+    body = f"u8* s = dynamic_shared(); make_barriers(s, 1, 1); copy_bulk(s + 16 + {to}, from, {bytes_}, s);"
+    with pytest.raises(EmulationError, match=what):
+        run("const u8* from", body, [torch.zeros(32, dtype=torch.uint8)], block=1, shared_bytes=64)
+
+
+COUNTED = """
+  u8* shared = dynamic_shared();
+  if (threadIdx.x == 0) make_barriers(shared, 2, 32);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    for (int turn = 0; turn < 3; turn++) {
+      if (turn) wait_for(shared + 8, (turn - 1) % 2);
+      copy_async(shared + 16 + threadIdx.x * 16, from + (turn * 32 + threadIdx.x) * 16);
+      if (turn == 1) wait_for_copies();
+      for (int i = 0; i < ARRIVALS; i++) turn == 1 ? arrive(shared) : arrive_after_copies(shared);
+    }
+  } else {
+    for (int turn = 0; turn < 3; turn++) {
+      wait_for(shared, turn % 2);
+      for (int i = threadIdx.x - 32; i < 512; i += 32) to[turn * 512 + i] = shared[16 + i];
+      arrive(shared + 8);
+    }
+  }
+"""
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_barriers_that_count_arrivals(run, reverse):
+    data = random_integers(0, 200, (3 * 512,), torch.uint8)
+    to = torch.zeros_like(data)
+    arguments = "const u8* from, u8* to", COUNTED, [data, to]
+    run(*arguments, block=64, shared_bytes=528, defines={"ARRIVALS": 1}, reverse=reverse)
+    assert torch.equal(to, data)
+    with pytest.raises(EmulationError, match="a barrier in shared memory"):
+        run(*arguments, block=64, shared_bytes=528, defines={"ARRIVALS": 0}, reverse=reverse)
+    with pytest.raises(EmulationError, match="arrivals at a barrier"):
+        run(*arguments, block=64, shared_bytes=528, defines={"ARRIVALS": 2}, reverse=reverse)
+
+
+def test_copies_arrive_when_they_are_waited_for(run):
+    """Whoever reads before the barrier's turn is over does not see what comes with it."""
+    body = """
+  u8* shared = dynamic_shared();
+  make_barriers(shared, 1, 1);
+  copy_async(shared + 16, from);
+  arrive_after_copies(shared);
+  to[0] = shared[16];
+  wait_for(shared, 0);
+  to[1] = shared[16];
+"""
+    to = torch.zeros(2, dtype=torch.uint8)
+    run("const u8* from, u8* to", body, [torch.full((16,), 7, dtype=torch.uint8), to], block=1, shared_bytes=32)
+    assert to.tolist() == [0xCD, 7]

@@ -4,23 +4,25 @@ import pytest
 import torch
 
 from cuda_emulator import launch
-from orbitdit.kernels import int4_linear as int4_cuda
+from orbitdit.kernels.int4_linear import Shape, shape_for
 from orbitdit.quantize import QuantizedWeight, dequantize_int4, quantize_int4
 
 DTYPES = [torch.bfloat16, torch.float16]
+SMALL = Shape(warps=2, stages=2, bulk=False)
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def int4_linear(x, quantized, bias, warps=4, split=2, blocks=3, reverse=False):
+def int4_linear(x, quantized, bias, shape=SMALL, blocks=3, reverse=False):
     (rows, dim), n = x.shape, len(quantized.codes)
     y = torch.full((rows, n), torch.nan, dtype=x.dtype)
-    shared_bytes = int4_cuda.shared_bytes(rows, dim, warps, split)
-    defines = {"DIM": dim, "HALF": int(x.dtype == torch.float16), "WARPS": warps, "SPLIT": split}
+    defines = {"DIM": dim, "HALF": int(x.dtype == torch.float16)}
+    defines |= {name.upper(): int(value) for name, value in shape._asdict().items()}
     args = [x, quantized.codes, quantized.scales, bias, y, rows, n]
-    launch("int4_linear.cu", "int4_linear", (blocks, 1, 1), warps * 32, shared_bytes, args, defines, reverse)
+    grid, threads = (blocks, 1, 1), shape.threads
+    launch("int4_linear.cu", "int4_linear", grid, threads, shape.shared_bytes(dim), args, defines, reverse)
     return y
 
 
@@ -31,6 +33,8 @@ def check(y, x, quantized, bias):
     if bias is not None:
         expected += bias.double()
     sums = x.double().abs() @ weight.abs().T
+    if x.dtype == torch.bfloat16:  # sums start at 136 times that of x
+        sums += 34 * x.double().abs() @ quantized.scales.double().repeat_interleave(64, 1)[:, : x.shape[1]].T
     bound = torch.finfo(x.dtype).eps / 2 * expected.abs() + 1e-6 * sums + torch.finfo(x.dtype).smallest_normal
     assert ((y.double() - expected).abs() <= bound).all()
 
@@ -58,24 +62,45 @@ def test_product(dtype, bias, rows, dim, n):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bulk", [False, True])
 @pytest.mark.parametrize(
-    ("warps", "split", "blocks"), [(1, 1, 1), (4, 1, 2), (4, 4, 5), (12, 12, 2), (6, 3, 1), (4, 2, 20)]
+    ("warps", "stages", "blocks"), [(1, 2, 1), (1, 5, 2), (4, 3, 2), (3, 8, 1), (3, 2, 1), (2, 4, 20)]
 )
 @pytest.mark.parametrize("reverse", [False, True])
-def test_every_shape_of_launch_gives_the_product(dtype, warps, split, blocks, reverse):
-    quantized, x = quantize_int4(random(100, 768)), random(3, 768, seed=1).to(dtype)
-    bias = random(100, seed=2).to(dtype)
-    check(int4_linear(x, quantized, bias, warps, split, blocks, reverse), x, quantized, bias)
+def test_every_shape_of_launch_gives_the_product(dtype, bulk, warps, stages, blocks, reverse):
+    quantized, x = quantize_int4(random(112, 768)), random(3, 768, seed=1).to(dtype)
+    bias = random(112, seed=2).to(dtype)
+    check(int4_linear(x, quantized, bias, Shape(warps, stages, bulk), blocks, reverse), x, quantized, bias)
 
 
-@pytest.mark.parametrize("dim", [1, 137, 256, 512, 1536, 3072, 3840])
-def test_the_launch_for_each_width(dim):
-    warps, split = int4_cuda.warps_and_split(dim)
-    assert warps % split == 0
-    assert 4 <= warps <= int4_cuda.WARPS
-    assert int4_cuda.shared_bytes(8, dim, warps, split) <= 227 << 10  # what a block may have on sm_90
-    quantized, x = quantize_int4(random(40, dim)), random(8, dim, seed=1).bfloat16()
-    check(int4_linear(x, quantized, None, warps, split), x, quantized, None)
+@pytest.mark.parametrize("dim", [32, 352, 1184])
+def test_bulk_copies_of_rows_that_end_within_a_chunk(dim):
+    quantized, x = quantize_int4(random(48, dim)), random(5, dim, seed=1).bfloat16()
+    for shape in (Shape(2, 3, True), Shape(3, 2, True)):
+        check(int4_linear(x, quantized, None, shape, 2), x, quantized, None)
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("dim", [1, 137, 256, 512, 1536, 3072, 3840, 6144, 12288])
+def test_the_launch_for_each_width(dim, bulk):
+    bulk = bulk and dim % 32 == 0
+    shared = 227 << 10 if bulk else 99 << 10  # what a block may have on sm_90 and on sm_89
+    shape = shape_for(dim, bulk, shared)
+    assert shape.shared_bytes(dim) <= shared
+    quantized, x = quantize_int4(random(48, dim)), random(8, dim, seed=1).bfloat16()
+    check(int4_linear(x, quantized, None, shape, 2), x, quantized, None)
+
+
+def test_every_width_up_to_12288_has_a_launch_on_every_device():
+    for shared in (99 << 10, 163 << 10, 227 << 10):  # compute capability 8.6 and 8.9; 8.0; 9.0
+        for dim in range(1, 12289, 61):
+            assert shape_for(dim, False, shared).shared_bytes(dim) <= shared
+        assert shape_for(12289, False, shared) is None
+
+
+def test_two_blocks_for_3072_inputs_fit_beside_each_other():
+    """A processor of compute capability 9.0 has 228 KiB, and takes 1 KiB for each block."""
+    assert 2 * (shape_for(3072, True, 227 << 10).shared_bytes(3072) + 1024) <= 228 << 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,7 +117,12 @@ def test_every_code_in_every_place(dtype):
 
 def test_the_sum_is_the_same_in_any_order_of_threads():
     quantized, x = quantize_int4(random(64, 1024)), random(8, 1024, seed=1).half()
-    outputs = [int4_linear(x, quantized, None, 4, 4, reverse=r, blocks=b) for r in (False, True) for b in (1, 4)]
+    outputs = [
+        int4_linear(x, quantized, None, Shape(4, 3, c), b, r)
+        for r in (False, True)
+        for b in (1, 4)
+        for c in (False, True)
+    ]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 

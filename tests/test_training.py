@@ -22,7 +22,14 @@ from training import train as script  # noqa: E402
 WIDTH = {"joint_attention_dim": 24, "pooled_projection_dim": 24, "attention_head_dim": 24, "num_attention_heads": 1}
 TINY = {
     "shapes": {**WIDTH, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (8, 8, 8)},
-    "glyphs": {**WIDTH, "num_layers": 2, "caption_projection_dim": 24},
+    "glyphs-sd3": {**WIDTH, "num_layers": 2, "caption_projection_dim": 24},
+    "glyphs": {
+        "num_layers": 2,
+        "attention_head_dim": 24,
+        "num_attention_heads": 1,
+        "cross_attention_dim": 24,
+        "caption_channels": 24,
+    },
 }
 
 
@@ -42,14 +49,14 @@ def train(monkeypatch, out, *arguments, model="glyphs"):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("model", "world"), [("shapes", SHAPES), ("glyphs", GLYPHS)])
+@pytest.mark.parametrize(("model", "world"), [("shapes", SHAPES), ("glyphs", GLYPHS), ("glyphs-sd3", GLYPHS)])
 def test_the_exported_folder_is_loaded_judged_and_quantized(monkeypatch, tmp_path, model, world):
     log = train(monkeypatch, tmp_path, "--steps", 2, model=model)
     assert list(log[-2])[-7:] == [*CATEGORIES, "overall"]
     pipeline = load_pipeline(tmp_path / "pipeline", torch.float32)
     assert pipeline.world is world
     counts = plan(pipeline.transformer, OrbitQuantConfig("w2a4")).counts
-    assert counts == {"shapes": (17, 3, 8), "glyphs": (21, 4, 7)}[model]
+    assert counts == {"shapes": (17, 3, 8), "glyphs": (20, 0, 6), "glyphs-sd3": (21, 4, 7)}[model]
     prompts = [p.text for p in benchmark(1, world=world)]
     results = compare(tmp_path / "pipeline", [OrbitQuantConfig("w2a4")], prompts, num_inference_steps=1)
     assert all(r.right == [False] * 6 for r in results)  # untrained: judged, and wrong

@@ -1,6 +1,7 @@
 """Train a model of RECIPES: `python training/train.py shapes --out runs/shapes`.
 
-"shapes" is the embedded model; "glyphs" is a second one, of another architecture and world, for evaluation only.
+"shapes" is the embedded model; "glyphs" is a second one, of another architecture and world, for evaluation only, and
+"glyphs-sd3" a third one of that world, narrow and fragile.
 
 Rectified flow on endless scenes drawn on the GPU, classifier-free guidance by dropping a tenth of the
 prompts, Muon for the blocks' matrices and AdamW for the rest, a warm-up / constant / decay schedule, and an
@@ -19,7 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from torch import Tensor, nn
 
 from orbitdit.shapes.detector import detect, keeps
@@ -71,8 +77,29 @@ RECIPES = {
         batch=768,
         seed=0,
     ),
-    # 192 = 3 * 64 inputs, as FLUX.1's 3072 = 3 * 1024, so that a rotation has more than one Hadamard block.
+    # 384 = 3 * 128 inputs, as FLUX.1's 3072 = 3 * 1024, so that a rotation has more than one Hadamard block.
     "glyphs": Recipe(
+        GLYPHS,
+        PixArtTransformer2DModel,
+        {
+            "sample_size": SIZE,
+            "patch_size": PATCH,
+            "in_channels": 3,
+            "out_channels": 3,
+            "num_layers": 5,
+            "attention_head_dim": 64,
+            "num_attention_heads": 6,
+            "cross_attention_dim": 384,
+            "caption_channels": 384,
+            "use_additional_conditions": False,
+        },
+        width=384,
+        steps=5000,
+        batch=512,
+        seed=1,
+    ),
+    # 192 = 3 * 64.
+    "glyphs-sd3": Recipe(
         GLYPHS,
         SD3Transformer2DModel,
         {
@@ -118,6 +145,8 @@ class Net(nn.Module):
                 nn.init.zeros_(module.bias)
                 if "norm" in name:
                     nn.init.zeros_(module.weight)
+        if isinstance(self.transformer, PixArtTransformer2DModel):
+            nn.init.zeros_(self.transformer.adaln_single.linear.weight)
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.normal_(self.text_encoder.table.weight)
 
@@ -151,8 +180,8 @@ class Batches:
 
 def optimizers(net: Net) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings, biases, norms, input and output."""
-    matrices = [p for n, p in net.named_parameters() if "blocks" in n and p.ndim == 2]
-    rest = [p for n, p in net.named_parameters() if not ("blocks" in n and p.ndim == 2)]
+    matrices = [m.weight for n, m in net.named_modules() if isinstance(m, nn.Linear) and "blocks" in n]
+    rest = [p for p in net.parameters() if all(p is not m for m in matrices)]
     return [
         torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0, fused=torch.cuda.is_available()),

@@ -83,7 +83,48 @@ struct Meeting {
   void* brought[32];
 };
 
+// A thread's copies under way, and how many groups of them it has closed.
+struct Copies {
+  static constexpr int LIMIT = 512;
+  struct Copy {
+    void* to;
+    const void* from;
+    u32 group;
+  };
+  Copy copy[LIMIT];
+  int count;
+  u32 closed;
+};
+
+// The 8 bytes of a barrier: how many arrivals end a turn, how many there have been, whether the number of turns is odd,
+// and the bytes that bulk copies bring in this one.
+struct Barrier {
+  u8 arrivals, arrived, parity, unused;
+  u32 expected;
+};
+
+// A thread arrives at a barrier when the copies that it had started have arrived: its groups before `end`.
+struct LateArrival {
+  u8* barrier;
+  int thread;
+  u32 end;
+};
+
+struct BulkCopy {
+  u8* to;
+  const void* from;
+  u32 bytes;
+  u8* barrier;
+};
+
 static Fiber fibers[MAX_THREADS];
+static Copies copies[MAX_THREADS];
+constexpr int BULK_LIMIT = 4096;
+static BulkCopy bulk[BULK_LIMIT];
+static int bulk_count;
+static LateArrival late[BULK_LIMIT];
+static int late_count;
+static Meeting news;  // who waits for a barrier looks again when there is something new
 static Meeting warps[MAX_THREADS / 32], block;
 static int current, threads, unfinished;
 static bool backwards;
@@ -189,12 +230,69 @@ __attribute__((noipa)) void check_mask(u32 mask) {
   if (mask != 0xffffffffu) fail("only the mask of all lanes is emulated");
 }
 
+inline Barrier load_barrier(const u8* barrier) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8) fail("a barrier at %p", barrier);
+  Barrier b;
+  memcpy(&b, barrier, sizeof b);
+  return b;
+}
+
+inline void store_barrier(u8* barrier, Barrier b) {
+  load_barrier(barrier);
+  memcpy(barrier, &b, sizeof b);
+}
+
+// The thread's groups before `end` arrive.
+inline void arrive(int thread, u32 end) {
+  Copies& mine = copies[thread];
+  int left = 0;
+  for (int i = 0; i < mine.count; i++) {
+    const Copies::Copy copy = mine.copy[i];
+    if (copy.group < end) memcpy(copy.to, copy.from, 16);
+    else mine.copy[left++] = copy;
+  }
+  mine.count = left;
+}
+
+// Ends the barrier's turn if nothing but copies under way is missing, which arrive.
+inline bool end_turn(u8* barrier) {
+  Barrier b = load_barrier(barrier);
+  u32 sum = 0;
+  int arrived = b.arrived;
+  for (int i = 0; i < bulk_count; i++)
+    if (bulk[i].barrier == barrier) sum += bulk[i].bytes;
+  for (int i = 0; i < late_count; i++) arrived += late[i].barrier == barrier;
+  if (arrived > b.arrivals) fail("%d arrivals at a barrier for %d", arrived, b.arrivals);
+  if (arrived < b.arrivals) return false;
+  if (sum > b.expected) fail("copies of %u bytes at a barrier that expects %u", sum, b.expected);
+  if (sum < b.expected) return false;
+  int left = 0;
+  for (int i = 0; i < bulk_count; i++) {
+    const BulkCopy copy = bulk[i];
+    if (copy.barrier == barrier) memcpy(copy.to, copy.from, copy.bytes);
+    else bulk[left++] = copy;
+  }
+  bulk_count = left;
+  left = 0;
+  for (int i = 0; i < late_count; i++) {
+    const LateArrival one = late[i];
+    if (one.barrier == barrier) arrive(one.thread, one.end);
+    else late[left++] = one;
+  }
+  late_count = left;
+  store_barrier(barrier, {b.arrivals, 0, static_cast<u8>(1 - b.parity), 0, 0});
+  release(news);
+  return true;
+}
+
 inline bool run_block() {
   const size_t whole = (shared_bytes + 127) / 128 * 128;
   memset(shared, 0xCD, whole);
   memset(fibers, 0, sizeof fibers);
   memset(warps, 0, sizeof warps);
   memset(&block, 0, sizeof block);
+  for (int i = 0; i < threads; i++) copies[i].count = copies[i].closed = 0;
+  bulk_count = late_count = 0;
   unfinished = block.live = threads;
   for (int i = 0; i < threads; i++) warps[i / 32].live++;
   int how = sigsetjmp(leave, 1);
@@ -203,6 +301,11 @@ inline bool run_block() {
     run_next();
   }
   if (how == 1) {
+    if (bulk_count) {
+      snprintf(message, sizeof message, "block (%u, %u, %u) ended with %d bulk copies under way", blockIdx.x,
+               blockIdx.y, blockIdx.z, bulk_count);
+      return false;
+    }
     for (size_t i = shared_bytes; i < whole; i++) {
       if (shared[i] == 0xCD) continue;
       snprintf(message, sizeof message, "block (%u, %u, %u) wrote past its %zu bytes of shared memory, at byte %zu",
@@ -423,42 +526,58 @@ inline u32 shift_if_greater(u32 word, u32 key) { return key > word ? word >> 8 :
 inline u32 join(u32 a, u32 b, u32 c, u32 d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }
 inline u32 xor_and(u32 a, u32 b, u32 c) { return a ^ (b & c); }
 inline uint4 load_streaming(const void* p) { return load_aligned<uint4>(p); }
-inline uint2 load_streaming8(const void* p) { return load_aligned<uint2>(p); }
 
 // Copies that are under way arrive when they are waited for, as late as they may.
-namespace emulator {
-struct Copy {
-  void* to;
-  const void* from;
-};
-static Copy copies[MAX_THREADS][256];
-static int copying[MAX_THREADS];
-}  // namespace emulator
-
 inline void copy_async(void* to, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
     emulator::fail("a copy of 16 bytes from %p to %p", from, to);
-  int& count = emulator::copying[emulator::current];
-  if (count == 256) emulator::fail("too many copies at a time for the emulator");
-  emulator::copies[emulator::current][count++] = {to, from};
+  emulator::Copies& mine = emulator::copies[emulator::current];
+  if (mine.count == emulator::Copies::LIMIT) emulator::fail("too many copies at a time for the emulator");
+  mine.copy[mine.count++] = {to, from, mine.closed};
 }
 
-inline void wait_for_copies() {
-  int& count = emulator::copying[emulator::current];
-  for (int i = 0; i < count; i++) {
-    const auto& copy = emulator::copies[emulator::current][i];
-    memcpy(copy.to, copy.from, 16);
-  }
-  count = 0;
+inline void wait_for_copies() { emulator::arrive(emulator::current, emulator::copies[emulator::current].closed + 1); }
+
+inline void make_barriers(u8* barriers, int count, u32 arrivals) {
+  for (int i = 0; i < count; i++) emulator::store_barrier(barriers + i * 8, {static_cast<u8>(arrivals), 0, 0, 0, 0});
+}
+
+inline void arrive_bringing(u8* barrier, u32 bytes) {
+  emulator::Barrier b = emulator::load_barrier(barrier);
+  if (b.arrived == b.arrivals) emulator::fail("more arrivals at a barrier than the %d it is for", b.arrivals);
+  b.arrived++;
+  b.expected += bytes;
+  emulator::store_barrier(barrier, b);
+  emulator::release(emulator::news);
+}
+
+inline void arrive(u8* barrier) { arrive_bringing(barrier, 0); }
+inline void expect_bytes(u8* barrier, u32 bytes) { arrive_bringing(barrier, bytes); }
+
+inline void arrive_after_copies(u8* barrier) {
+  if (emulator::late_count == emulator::BULK_LIMIT) emulator::fail("too many copies at a time for the emulator");
+  const u32 end = ++emulator::copies[emulator::current].closed;
+  emulator::late[emulator::late_count++] = {barrier, emulator::current, end};
+  emulator::release(emulator::news);
+}
+
+inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrier) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
+    emulator::fail("a copy of %u bytes from %p to %p", bytes, from, to);
+  if (emulator::bulk_count == emulator::BULK_LIMIT) emulator::fail("too many copies at a time for the emulator");
+  emulator::bulk[emulator::bulk_count++] = {to, from, bytes, barrier};
+  emulator::release(emulator::news);
+}
+
+// A turn ends, with its copies, when somebody waits for it: as late as may be. Nobody may arrive for the next before.
+inline void wait_for(u8* barrier, u32 parity) {
+  while (emulator::load_barrier(barrier).parity == parity && !emulator::end_turn(barrier))
+    emulator::wait(emulator::news, "a barrier in shared memory");
 }
 
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 
 // Rounded twice where the exact result does not fit a float; kernels use them where it does.
-inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
-  auto half = [=](int s) { return fmaf(bf16_to_float(a >> s), bf16_to_float(b >> s), bf16_to_float(c >> s)); };
-  return pack_bf16(half(0), half(16));
-}
 inline u32 fma_f16x2(u32 a, u32 b, u32 c) {
   auto half = [=](int s) { return fmaf(f16_to_float(a >> s), f16_to_float(b >> s), f16_to_float(c >> s)); };
   return pack_f16(half(0), half(16));

@@ -1,6 +1,7 @@
 """`int4_linear` on CUDA: a kernel for the few rows that modulation has, plain torch for more. See int4_linear.cu."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,51 +11,92 @@ from orbitdit.kernels.nvrtc import Kernel, kernel, processors, readable, shared_
 
 ROWS = 8
 """Rows of x that the kernel takes: the columns of one tensor-core product."""
-TILE, CHUNK = 16, 256
-"""Rows of the weight that a warp multiplies together, and inputs that it holds."""
-WARPS = 12
+TILE, CHUNK, GROUP = 16, 256, 64
+"""Rows of the weight that a warp multiplies together, inputs that it takes at a time, and inputs with one scale."""
+WARPS, CHUNKS = 12, 48
+"""The most warps that share a tile (two such blocks fit in a processor's registers), and the most chunks in a row."""
+
+
+class Shape(NamedTuple):
+    """Warps of a block that multiply a tile together, stages, and whether the hardware copies whole rows."""
+
+    warps: int
+    stages: int
+    bulk: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one more warp copies."""
+        return 32 * self.warps + 32
+
+    def shared_bytes(self, dim: int) -> int:
+        """Dynamic shared memory of a block: barriers, what sums start from, sums of each tile in hand, the stages."""
+        rounds = -(-dim // (CHUNK * self.warps))
+        stage = TILE * (self.warps * CHUNK // 2 + 32 + -(-dim // GROUP) * 2)
+        starts, sums = self.warps * rounds * 256, (self.stages + rounds) // rounds * self.warps * 640
+        return self.stages * 16 + starts + sums + self.stages * stage
 
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """See reference.py; more than 8 rows of x, fp32, and rows too wide for shared memory take that."""
+    """See reference.py; more than 8 rows of x, fp32, and rows of more than 12288 inputs take that."""
     dim, n = x.shape[-1], codes.shape[0]
     rows = x.numel() // dim
     plan = None
     if 0 < rows <= ROWS and x.dtype in (torch.bfloat16, torch.float16) and n:
-        plan = _plan(rows, dim, x.dtype == torch.float16, x.device.index)
+        plan = _plan(dim, x.dtype == torch.float16, n % TILE == 0, x.device.index)
     if plan is None:
         return reference.int4_linear(x, codes, scales, bias)
-    built, warps, split, shared, resident = plan
-    tokens = readable(x)
+    return launch(plan, x, codes, scales, bias)
+
+
+class Plan(NamedTuple):
+    """A kernel, the shape of its launch, and how many blocks run at a time."""
+
+    kernel: Kernel
+    shape: Shape
+    shared: int
+    resident: int
+
+
+def launch(plan: Plan, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`int4_linear` of 1 to 8 rows of x."""
+    dim, n = x.shape[-1], codes.shape[0]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     scales = scales if scales.dtype == torch.bfloat16 else scales.to(torch.bfloat16)
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
-    blocks = min(resident, -(-(-(-n // TILE) * split) // warps))
+    read = [readable(t) for t in (x, codes, scales)]
+    blocks = min(plan.resident, -(-n // TILE))
     bias_at = 0 if bias is None else bias.data_ptr()
-    pointers = tokens.data_ptr(), codes.data_ptr(), scales.data_ptr(), bias_at, y.data_ptr()
-    built.launch(blocks, 32 * warps, shared, *pointers, rows, n)
+    pointers = *(t.data_ptr() for t in read), bias_at, y.data_ptr()
+    plan.kernel.launch(blocks, plan.shape.threads, plan.shared, *pointers, x.numel() // dim, n)
     return y
 
 
-@cache
-def _plan(rows: int, dim: int, half: bool, device: int) -> tuple[Kernel, int, int, int, int] | None:
-    """The kernel, warps a block, warps a tile, shared bytes, blocks at a time; None if a block lacks the memory."""
-    warps, split = warps_and_split(dim)
-    shared = shared_bytes(rows, dim, warps, split)
-    if shared > shared_limit(device):
-        return None
-    defines = (("DIM", dim), ("HALF", int(half)), ("WARPS", warps), ("SPLIT", split))
+def build(shape: Shape, dim: int, half: bool, device: int) -> Plan:
+    """The kernel for inputs of `dim` numbers, fp16 if `half` or else bf16."""
+    defines = (("DIM", dim), ("HALF", int(half)), *((name.upper(), int(v)) for name, v in shape._asdict().items()))
     built = kernel("int4_linear.cu", "int4_linear", defines, "PPPPPii", device)
-    return built, warps, split, shared, processors(device) * max(1, built.blocks_per_processor(32 * warps, shared))
+    shared = shape.shared_bytes(dim)
+    return Plan(built, shape, shared, processors(device) * max(1, built.blocks_per_processor(shape.threads, shared)))
 
 
-def warps_and_split(dim: int) -> tuple[int, int]:
-    """Warps of a block, and how many of them share a tile: as many as a row has chunks, if a block has room."""
+@cache
+def _plan(dim: int, half: bool, whole_tiles: bool, device: int) -> Plan | None:
+    """What to launch for `dim` inputs; None if a block lacks the memory or the registers."""
+    bulk = whole_tiles and dim % 32 == 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+    shape = shape_for(dim, bulk, shared_limit(device))
+    return None if shape is None else build(shape, dim, half, device)
+
+
+def shape_for(dim: int, bulk: bool, shared: int) -> Shape | None:
+    """The launch for `dim` inputs where a block has `shared` bytes of shared memory; None for too many inputs.
+
+    Warps take equal parts of a row, in as few rounds as can be. Measured on an H200: two stages lead at every width,
+    and short rows are better copied by threads.
+    """
     chunks = -(-dim // CHUNK)
-    split = max(s for s in range(1, min(chunks, WARPS) + 1) if chunks % s == 0 or s == min(chunks, WARPS))
-    return max(split, 4 // split * split), split
-
-
-def shared_bytes(rows: int, dim: int, warps: int, split: int) -> int:
-    """Dynamic shared memory: partial sums, two for each warp, and x with 16 bytes between rows."""
-    return warps * 1024 + rows * (512 * split * -(-dim // (CHUNK * split)) + 16)
+    if chunks > CHUNKS:
+        return None
+    rounds = -(-chunks // WARPS)
+    shape = Shape(-(-chunks // rounds), 2, bulk and dim >= 1024)
+    return shape if shape.shared_bytes(dim) <= shared else None

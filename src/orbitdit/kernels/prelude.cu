@@ -137,20 +137,58 @@ __device__ inline void copy_async(void* to, const void* from) {
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// 8 bytes, as above.
-__device__ inline uint2 load_streaming8(const void* p) {
-  uint2 r;
-  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
-  return r;
+// Barriers of 8 bytes in shared memory that count: a turn ends when `arrivals` threads have arrived, with all that they
+// wrote before. `wait_for` returns when the turn is over; the first turn has parity 0, the next one parity 1, and so
+// on. One thread makes barriers; others may use them after __syncthreads or, in its warp, __syncwarp.
+__device__ inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void make_barriers(u8* barriers, int count, u32 arrivals) {
+  const u32 first = shared_address(barriers);
+  for (int i = 0; i < count; i++)
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(first + i * 8), "r"(arrivals) : "memory");
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+__device__ inline void arrive(u8* barrier) {
+  asm volatile("{ .reg .b64 s; mbarrier.arrive.shared.b64 s, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives when this thread's copies so far have; what it has stored otherwise does not count.
+__device__ inline void arrive_after_copies(u8* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Bulk copies (compute capability 9.0 and later) of a multiple of 16 bytes from global to shared memory, counted by a
+// barrier: one thread arrives and says how many bytes the turn's copies bring together, and the turn waits for them.
+__device__ inline void expect_bytes(u8* barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   static_cast<u32>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(bytes), "r"(static_cast<u32>(__cvta_generic_to_shared(barrier)))
+               : "memory");
+}
+
+__device__ inline void wait_for(u8* barrier, u32 parity) {
+  u32 done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#else
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#endif
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  } while (!done);
 }
 
 // a * b + c for both halves of a register, rounded once.
-__device__ inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-
 __device__ inline u32 fma_f16x2(u32 a, u32 b, u32 c) {
   u32 r;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));

@@ -1,12 +1,12 @@
 """A small model of a world as an ordinary diffusers pipeline: words -> transformer -> 64x64 picture.
 
-The transformer is diffusers' own, `FluxTransformer2DModel` in the embedded model or `SD3Transformer2DModel`; only
+The transformer is diffusers' own: `FluxTransformer2DModel` in the embedded model, others in those of training/; only
 its surroundings are small. A 4x4 patch of pixels is one token (no VAE), and the text encoder is one trained table.
 Sampling is rectified flow with the Euler scheduler and classifier-free guidance, as in the large models.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     ModelMixin,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -30,6 +31,8 @@ from orbitdit.shapes.worlds import SHAPES, WORLDS, World
 PATCH = 4
 GRID = SIZE // PATCH
 CHANNELS = 3 * PATCH * PATCH
+
+Transformer: TypeAlias = FluxTransformer2DModel | PixArtTransformer2DModel | SD3Transformer2DModel
 
 
 class WordEncoder(ModelMixin, ConfigMixin):
@@ -93,14 +96,16 @@ def initial_noise(seeds: Sequence[int]) -> Tensor:
     return torch.from_numpy(ndtri(uniform).astype(np.float32)).reshape(len(seeds), *shape)
 
 
-def predict(
-    transformer: FluxTransformer2DModel | SD3Transformer2DModel, x: Tensor, sigma: Tensor, words: Tensor, pooled: Tensor
-) -> Tensor:
+def predict(transformer: Transformer, x: Tensor, sigma: Tensor, words: Tensor, pooled: Tensor) -> Tensor:
     """The velocity (B, 256, 48) that `transformer` predicts for tokens `x` at noise levels `sigma` (B,) in [0, 1].
 
-    `words` and `pooled` are what `WordEncoder` gives. FLUX takes tokens and their rotary ids, SD3 whole pictures.
+    `words` and `pooled` are what `WordEncoder` gives. FLUX takes tokens and their rotary ids, the others whole
+    pictures, and PixArt no pooled text.
     """
-    text = {"encoder_hidden_states": words, "pooled_projections": pooled, "return_dict": False}
+    text = {"encoder_hidden_states": words, "return_dict": False}
+    if isinstance(transformer, PixArtTransformer2DModel):
+        return _tokens(transformer(_pictures(x), timestep=1000 * sigma, **text)[0])
+    text["pooled_projections"] = pooled
     if isinstance(transformer, SD3Transformer2DModel):
         return _tokens(transformer(_pictures(x), timestep=1000 * sigma, **text)[0])
     picture_ids, text_ids = position_ids(x.device)
@@ -115,7 +120,7 @@ class ShapesPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: FluxTransformer2DModel | SD3Transformer2DModel,
+        transformer: Transformer,
         text_encoder: WordEncoder,
         scheduler: FlowMatchEulerDiscreteScheduler,
         world: str = SHAPES.name,
