@@ -28,11 +28,12 @@ it the tokens' codes have only the rest to tell. It needs no data and no stored 
 mean has to be known before the first token is encoded, which is one more pass over each layer's input.
 
 **What did not.** A token scale that is unbiased, as the rows' is, can lower the error of the branches but not the
-guided one, alone or with the mean apart, and a search for the best scale raises it. A second round of rotation, and
-mixing across the Hadamard blocks, change little, one way or the other. Bits allotted to layers by the norms of their
-weights do not help: weights alone tell neither means nor which channels are large. What looks at pictures that the
-model draws without a prompt gains a little, a bias for the mean most at 2-bit weights, but less than the mean token
-apart, which looks at nothing; and balanced channels store 16 bits more for each input of a layer.
+guided one, alone or with the mean apart, and a search for the best scale raises that. A second round of rotation, and
+mixing across the Hadamard blocks, change no more than another seed does. Bits allotted to layers by the norms of their
+weights do not help: weights alone tell neither means nor which channels are large. Looking at pictures that the model
+draws without a prompt does tell: a bias for what quantizing makes of the mean pays at 2-bit weights, and balanced
+channels pay on some models, for 16 bits more for each input of a layer. But both lower the guided error less than the
+mean token apart, which looks at nothing.
 
 **What this does not tell.** How errors add up over the steps: a bias adds up and noise averages out, so that shrunken
 weights, as the paper's recipe has them, may cost more in pictures than they do here."""
@@ -42,9 +43,9 @@ of those layers' inputs is in pictures' mean tokens. The oracle gives each kind 
 over all weights, such that the error is least, and knows the errors of the kinds on these very prompts.
 
 Feed-forwards make most of the error, and the first and the last block of a model more than those between; queries and
-keys make little, and a text stream next to none, though it has much of the weights. So the oracle takes a bit from
-the text stream, and the error falls by far more than by any change above. No statistic of weights alone tells this,
-and it need not be so elsewhere: here a text is a few words of a small vocabulary. In a model whose text stream
+keys make little, and a text stream next to none, whatever its share of the weights. So the oracle takes bits from the
+text stream, and the error of the weights falls by more than by any change above. No statistic of weights alone tells
+this, and it need not be so elsewhere: here a text is a few words of a small vocabulary. In a model whose text stream
 matters, 1 bit would harm what nobody measured. It is not built."""
 
 
