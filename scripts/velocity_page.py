@@ -43,10 +43,11 @@ of those layers' inputs is in pictures' mean tokens. The oracle gives each kind 
 over all weights, such that the error is least, and knows the errors of the kinds on these very prompts.
 
 Feed-forwards make most of the error, and the first and the last block of a model more than those between; queries and
-keys make little, and a text stream next to none, whatever its share of the weights. So the oracle takes bits from the
-text stream, and the error of the weights falls by more than by any change above. No statistic of weights alone tells
-this, and it need not be so elsewhere: here a text is a few words of a small vocabulary. In a model whose text stream
-matters, 1 bit would harm what nobody measured. It is not built."""
+keys make little, and what looks at the text next to nothing, whatever its share of the weights: a text stream, or
+the keys and values of cross-attention. So the oracle takes bits from there, and the more weights are there, the
+further the error of the weights falls. No statistic of weights alone tells this, and it need not be so elsewhere: here
+a text is a few words of a small vocabulary. In a model whose text matters more, 1 bit would harm what nobody measured.
+It is not built."""
 
 
 def section(rows: Sequence[Row]) -> str:
