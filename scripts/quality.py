@@ -6,9 +6,6 @@ made again, so that the same command goes on after a stop. The most telling runs
 
 The calibrated methods see other prompts and other noise than the benchmark's; the calibration is made when it is first
 needed. Weights are quantized on the device, and fake-quantized layers compute in bf16 on a GPU.
-
-With --variants the runs are those of `scripts.variants`, what was tried beyond the default recipe, and full precision;
-their lines go to a file of their own, docs/quality/variants.jsonl.
 """
 
 import argparse
@@ -38,7 +35,6 @@ from orbitdit.metrics import psnr
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import CATEGORIES, benchmark
 from orbitdit.shapes.worlds import World
-from scripts.variants import VARIANTS, quantize_variant_
 
 FULL = "full"
 BITS = ("W2A4", "W3A3", "W4A4", "W2A3", "W4A6")
@@ -69,20 +65,15 @@ class Run(NamedTuple):
         return f"{self.model}/{self.method}/{self.bits or '-'}/{self.seed}"
 
 
-def runs_of(models: Iterable[str], variants: bool = False) -> list[Run]:
-    """All runs, the most telling first: full precision; then seed 0 of every method (or variant), setting by setting in
-    the order of BITS; then the other seeds of the methods that have a rotation."""
+def runs_of(models: Iterable[str]) -> list[Run]:
+    """All runs, the most telling first: full precision; then seed 0 of every method, setting by setting in the order of
+    BITS; then the other seeds of the methods that have a rotation."""
     models = list(models)
     seeds = dict.fromkeys(OURS, SEEDS) | {name: method.seeds for name, method in METHODS.items()}
-    settings = dict.fromkeys(seeds, BITS)
-    if variants:
-        seeds = dict.fromkeys(VARIANTS, SEEDS)
-        settings = {name: variant.bits for name, variant in VARIANTS.items()}
     found = [Run(model, FULL, "", 0) for model in models]
     for seed in SEEDS:
         for bits in BITS:
-            chosen = [name for name, own in seeds.items() if seed in own and bits in settings[name]]
-            found += [Run(m, name, bits, seed) for name in chosen for m in models]
+            found += [Run(m, name, bits, seed) for name, own in seeds.items() if seed in own for m in models]
     return found
 
 
@@ -107,25 +98,21 @@ class Subject:
         }
         self.judge = judge_for(self.pipeline, self.prompts)
         self.full, self.seconds = self.pictures()
-        self.statistics: dict[bool, dict[str, dict[str, baselines.Statistics]]] = {}
+        self.statistics: dict[str, dict[str, baselines.Statistics]] | None = None
 
     def pictures(self):
         """Pictures of the benchmark by the pipeline as it is, and the seconds they took."""
         return generate(self.pipeline, self.prompts, 0, num_inference_steps=self.steps)
 
-    def calibration(self, component: str, prompted: bool = True) -> Mapping[str, baselines.Statistics]:
-        """The calibration of `component` on prompts, or on as many empty ones, made when it is first asked for."""
-        if prompted not in self.statistics:
+    def calibration(self, component: str) -> Mapping[str, baselines.Statistics]:
+        """The calibration of `component`, made when it is first asked for."""
+        if self.statistics is None:
             number = min(CALIBRATION_PROMPTS, len(self.prompts))
             texts = [p.text for p in benchmark(number // len(CATEGORIES), CALIBRATION_PROMPT_SEED, self.world)]
-            self.statistics[prompted] = baselines.calibrate(
-                self.pipeline,
-                list(self.originals),
-                texts if prompted else [""] * len(texts),
-                self.steps,
-                CALIBRATION_NOISE,
+            self.statistics = baselines.calibrate(
+                self.pipeline, list(self.originals), texts, self.steps, CALIBRATION_NOISE
             )
-        return self.statistics[prompted][component]
+        return self.statistics[component]
 
     def measure(self, run: Run) -> dict[str, Any]:
         """What is to be recorded of `run`."""
@@ -133,8 +120,8 @@ class Subject:
             pictures, seconds, took = self.full, self.seconds, 0.0
             stored: dict[str, Any] = {"effective_bits": 16.0, "layer_bytes": None}
         else:
-            for component in self.originals if is_calibrated(run.method) else ():
-                self.calibration(component, run.method in METHODS)
+            for component in self.originals if run.method in METHODS else ():
+                self.calibration(component)
             started = time.perf_counter()
             models = {component: copy.deepcopy(original) for component, original in self.originals.items()}
             for component, model in models.items():
@@ -161,18 +148,10 @@ class Subject:
     def quantize(self, run: Run, component: str, model: nn.Module) -> None:
         if run.method in METHODS:
             baselines.quantize_(model, run.method, run.bits.lower(), self.calibration(component), run.seed)
-        elif run.method in VARIANTS:
-            known = self.calibration(component, prompted=False) if is_calibrated(run.method) else None
-            quantize_variant_(model, run.method, run.bits.lower(), run.seed, known)
         else:
             options, grid = OURS[run.method]
             quantize_(model, OrbitQuantConfig(run.bits.lower(), seed=run.seed, **options), progress=False)
             set_grid_(model, grid)
-
-
-def is_calibrated(method: str) -> bool:
-    """Whether a pass over the model in full precision must precede it."""
-    return method in METHODS or (method in VARIANTS and VARIANTS[method].looks)
 
 
 def environment(device: str, commit: str | None) -> dict[str, Any]:
@@ -244,7 +223,6 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; read, repaired and added to")
     parser.add_argument("--model", action="append", metavar="NAME=FOLDER", help="may be repeated; embedded if left out")
-    parser.add_argument("--variants", action="store_true", help="what was tried beyond the default recipe, instead")
     parser.add_argument("--only", action="append", metavar="GLOB", help="over model/method/BITS/seed, may be repeated")
     parser.add_argument(
         "--shard", default="1/1", metavar="I/N", help="every Nth run from the Ith, for N processes with a file each"
@@ -261,10 +239,9 @@ def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     try:
         folders = models_of(args.model or ["embedded"])
-        runs = runs_of(folders, args.variants)
-        chosen = [r for r in runs if any(fnmatch(r.name, glob) for glob in args.only or ["*"])]
+        chosen = [r for r in runs_of(folders) if any(fnmatch(r.name, glob) for glob in args.only or ["*"])]
         if not chosen:
-            raise ConfigError(f"--only {' '.join(args.only)} matches no run, such as {runs[-1].name}")
+            raise ConfigError(f"--only {' '.join(args.only)} matches no run, such as {runs_of(folders)[-1].name}")
         for model in dict.fromkeys(r.model for r in chosen):
             judged_world(folders[model])
         wanted = shard_of(args.shard, chosen)

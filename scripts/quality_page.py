@@ -1,23 +1,22 @@
 """Write docs/quality.md from the result lines: `python -m scripts.quality_page`; with --check only compare.
 
 Every figure on the page is read or computed from docs/quality/*.jsonl (scripts.quality and scripts.mechanism write
-them; variants.jsonl is what scripts.quality --variants writes). Of several lines for one run the last one that was
+them; variants.jsonl is what scripts.velocity writes). Of several lines for one run the last one that was
 measured counts, files in the order of their names; trials on fewer prompts than the full benchmark's are left out.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
-from benchmarks.report import distinct, table
+from benchmarks.report import distinct, spread, table
 from orbitdit.lines import read_lines
 from orbitdit.shapes.prompts import CATEGORIES
 from scripts.quality import BITS, FULL, TITLES
-from scripts.variants import VARIANTS
+from scripts.velocity_page import section
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
@@ -25,6 +24,7 @@ VARIANTS_FILE = "variants.jsonl"
 """What has a section of its own, apart from the table of methods."""
 
 PER_CATEGORY = 200
+README_BITS = ("W4A4", "W3A3", "W2A4")
 TARGETS = {"W4A4": 0.97, "W3A3": 0.82, "W2A4": 0.87, "W2A3": 0.70}
 """Shares of the full-precision score that were set as targets before anything was measured."""
 RAW, ROTATED, INK = "#c2571a", "#1f5fa8", "#444444"
@@ -36,17 +36,6 @@ what their authors' versions have that these lack, are in [baselines/](../baseli
 """
 NOTHING = """No line of the full table has been measured and committed yet: there is nothing to show of the baselines or
 of a second model. Measure with `python -m scripts.quality --out docs/quality/NAME.jsonl`."""
-EARLIER = """## The paper's recipe at an older commit
-
-The embedded model at all settings over two rotation seeds, with the centroids themselves
-([figures](quality/README.md)):"""
-BEYOND = """## What was tried beyond
-
-Changes to orbitdit's default recipe at the same stored bits, one at a time (`scripts/variants.py` says what each does).
-Each stands against the recipe itself, computed by the same code on the same device from the same rotation seeds: the
-difference in score, as a share of full precision, and in PSNR to it; mean ± standard deviation of the difference over
-the seeds. A bias for the mean and balanced channels are not calibration-free in the strict sense: they have watched the
-model draw pictures without a prompt, from noise; and balanced channels store 16 bits more for each input of a layer."""
 HOW = """Every model draws the same {prompts:,} prompts, 200 in each of six categories, each picture from its own
 noise; an exact detector says whether a picture shows what its prompt asks, nothing missing and nothing extra. A score
 is the share of right pictures; the first table of a model gives it as a share of that model's score at full precision,
@@ -67,22 +56,11 @@ def read(folder: Path) -> tuple[list[Row], list[Row]]:
         for row in read_lines(path) if path.name != VARIANTS_FILE else ():
             if "rotated" in row:
                 watched[row["model"], row["component"], row["layer"], row["branch"]] = row
-            else:
-                _add(row, runs)
+            elif row["per_category"] == PER_CATEGORY:
+                key = (row["model"], row["method"], row["bits"], row["seed"])
+                if row["status"] == "ok" or key not in runs:
+                    runs[key] = row
     return list(runs.values()), list(watched.values())
-
-
-def _add(row: Row, runs: dict[tuple, Row]) -> None:
-    """Put the line of a run among `runs`, if it counts."""
-    key = (row["model"], row["method"], row["bits"], row["seed"])
-    if row["per_category"] == PER_CATEGORY and (row["status"] == "ok" or key not in runs):
-        runs[key] = row
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and, over several, standard deviation."""
-    text = f"{mean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def model_section(model: str, rows: list[Row]) -> str:
@@ -125,18 +103,17 @@ def methods_in(rows: list[Row]) -> list[str]:
 
 def summary(rows: list[Row], full: Row) -> str:
     """Methods by settings: shares of full precision."""
-    whole = full["scores"]["overall"]
-
-    def cell(method: str, bits: str) -> str:
-        chosen = of(rows, method, bits)
-        if not chosen:
-            return "-"
-        shares = [r["scores"]["overall"] / whole for r in chosen]
-        text = spread(shares)
-        return f"**{text}**" if is_loss(method, bits, mean(shares), rows, whole) else text
-
-    body = [[TITLES[m], beyond(rows, m), *(cell(m, bits) for bits in BITS)] for m in methods_in(rows)]
+    body = [[TITLES[m], beyond(rows, m), *(share(rows, full, m, bits) for bits in BITS)] for m in methods_in(rows)]
     return table(["share of full precision", "bits beyond the code", *BITS], body)
+
+
+def share(rows: list[Row], full: Row, method: str, bits: str) -> str:
+    """A method's share of full precision at one setting, bold if it tells against orbitdit; "-" if not measured."""
+    whole, chosen = full["scores"]["overall"], of(rows, method, bits)
+    if not chosen:
+        return "-"
+    shares = [r["scores"]["overall"] / whole for r in chosen]
+    return f"**{spread(shares)}**" if is_loss(method, bits, mean(shares), rows, whole) else spread(shares)
 
 
 def beyond(rows: list[Row], method: str) -> str:
@@ -175,53 +152,6 @@ def details(bits: str, rows: list[Row], full: Row) -> str:
                 ]
             )
     return f"### {bits}\n\n{table(head, body)}"
-
-
-def beyond_section(path: Path) -> str:
-    """Each variant against the base, by setting and model: empty without the file `path`."""
-    runs: dict[tuple, Row] = {}
-    for row in read_lines(path) if path.exists() else ():
-        _add(row, runs)
-    if not runs:
-        return ""
-    rows = [r for r in runs.values() if r["status"] == "ok"]
-    models = [m for m in distinct(r["model"] for r in rows) if of([r for r in rows if r["model"] == m], FULL, "")]
-    parts = [BEYOND]
-    for bits in BITS:
-        body = [[v.title, *beyond_cells(name, bits, models, rows)] for name, v in VARIANTS.items()]
-        body = [line for line in body if any(cell != "-" for cell in line[1:])]
-        if body:
-            parts += [f"### {bits}", table(["", *(f"{m}, {what}" for m in models for what in ("share", "dB"))], body)]
-    failed = [
-        f"- {VARIANTS[r['method']].title}, {r['model']}, {r['bits']}: {r['note']}"
-        for r in runs.values()
-        if r["status"] != "ok" and r["method"] in VARIANTS
-    ]
-    return "\n\n".join([*parts, *(["Without a figure:", "\n".join(failed)] if failed else [])])
-
-
-def beyond_cells(name: str, bits: str, models: Sequence[str], rows: list[Row]) -> list[str]:
-    """Share of full precision and PSNR of a variant less the base's, over the seeds that both have; the base's own."""
-    cells = []
-    for model in models:
-        own = [r for r in rows if r["model"] == model]
-        whole = of(own, FULL, "")[0]["scores"]["overall"]
-        base = {r["seed"]: r for r in of(own, "base", bits)}
-        pairs = [(r, base[r["seed"]]) for r in of(own, name, bits) if r["seed"] in base]
-        if not pairs:
-            cells += ["-", "-"]
-        elif name == "base":
-            cells += [spread([r["scores"]["overall"] / whole for r, _ in pairs])]
-            cells += [spread([r["psnr_db"] for r, _ in pairs], 2)]
-        else:
-            shares = [(r["scores"]["overall"] - b["scores"]["overall"]) / whole for r, b in pairs]
-            cells += [difference(shares, 3), difference([r["psnr_db"] - b["psnr_db"] for r, b in pairs], 2)]
-    return cells
-
-
-def difference(values: Sequence[float], digits: int) -> str:
-    """`spread` with the sign of the mean."""
-    return f"{'+' if mean(values) > 0 else ''}{spread(values, digits)}"
 
 
 def mechanism_section(models: dict[str, list[Row]]) -> str:
@@ -298,28 +228,18 @@ def figure(rows: list[Row]) -> str:
     return "\n".join([head, legend, *parts, "</svg>"]) + "\n"
 
 
-def earlier_table() -> str:
-    """Scores of the paper's recipe over two rotation seeds, measured before there was a table of all methods."""
-    runs = [json.loads(p.read_text())["results"] for p in sorted((ROOT / "docs/quality").glob("seed*.json"))]
-    rows = []
-    for settings in zip(*runs, strict=True):
-        scores = [[s["scores"][c] for s in settings] for c in (*CATEGORIES, "overall")]
-        own = settings[0]["psnr_db"] is None
-        distances = "-" if own else f"{mean(s['psnr_db'] for s in settings):.1f}"
-        overall = f"{mean(scores[-1]):.3f}" if own else spread(scores[-1])
-        rows.append([settings[0]["label"], *(f"{mean(values):.3f}" for values in scores[:-1]), overall, distances])
-    return table(["", *CATEGORIES, "overall", "PSNR, dB"], rows)
-
-
 def readme_table() -> str:
-    """The models' first tables, for README.md."""
+    """The first table of README.md: methods by models and the settings in README_BITS."""
     runs, _ = read(ROOT / "docs/quality")
-    parts = []
-    for model in distinct(r["model"] for r in runs):
-        rows = [r for r in runs if r["model"] == model]
-        full = next((r for r in rows if r["method"] == FULL and r["status"] == "ok"), None)
-        parts += [f"{model}, full precision {full['scores']['overall']:.3f}:", summary(rows, full)] if full else []
-    return "\n\n".join(parts) or NOTHING
+    fulls = {r["model"]: r for r in runs if r["method"] == FULL and r["status"] == "ok"}
+    if not fulls:
+        return NOTHING
+    own = {model: [r for r in runs if r["model"] == model] for model in fulls}
+    columns = [(model, bits) for model in fulls for bits in README_BITS]
+    body = [
+        [TITLES[m], *(share(own[model], fulls[model], m, bits) for model, bits in columns)] for m in methods_in(runs)
+    ]
+    return table(["share of full precision", *(f"{model}, {bits}" for model, bits in columns)], body)
 
 
 def pages(folder: Path) -> dict[str, str]:
@@ -332,9 +252,8 @@ def pages(folder: Path) -> dict[str, str]:
         parts += [model_section(m, [r for r in runs if r["model"] == m]) for m in distinct(r["model"] for r in runs)]
     else:
         parts.append(NOTHING)
-    further = beyond_section(folder / VARIANTS_FILE)
-    parts += [further] if further else []
-    parts += [EARLIER, earlier_table()]
+    beyond = folder / VARIANTS_FILE
+    parts += [section(read_lines(beyond))] if beyond.exists() else []
     models = {m: [r for r in watched if r["model"] == m] for m in distinct(r["model"] for r in watched)}
     if models:
         parts.append(mechanism_section(models))

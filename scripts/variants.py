@@ -1,4 +1,4 @@
-"""What was tried beyond the default recipe, each as a change of one thing: `python -m scripts.quality --variants`.
+"""What was tried beyond the default recipe, each as a change of one thing: `python -m scripts.velocity`.
 
 A variant's layer holds an `OrbitLinear` (its codes, its scales, its bytes) of the weight W' = B W, where B is an
 orthogonal transform of the inputs in front of the recipe's own rotation R, and computes in plain torch
@@ -6,7 +6,7 @@ orthogonal transform of the inputs in front of the recipe's own rotation R, and 
     y_i = n_i * t * <c_W(i), c_A(R B x)> + bias_i
 
 with c_W(i) from R B w_i. Where a picture's mean token is kept apart, x is what is left of a token, and the mean's own
-product is added. All is on the points of e4m3, on any device, as `orbitdit` computes on a GPU: products of points are
+product is added. All is on the points of e4m3, as `orbitdit` computes on a GPU, but on the CPU: products of points are
 exact, sums in fp32. The variant "base" changes nothing: its codes are those of `quantize_`, its outputs those of the
 layers, up to the order of sums.
 
@@ -29,14 +29,13 @@ from orbitdit.errors import ConfigError
 from orbitdit.kernels.reference import decode, normalize
 from orbitdit.model import linear_named, quantize_layer, replace_module
 from orbitdit.policy import LayerPlan
-from orbitdit.quantize import check_weight, quantize_weight
+from orbitdit.quantize import QuantizedWeight, check_weight, quantize_weight
 from orbitdit.rotation import rotation
 
 GRID = "e4m3"
 E4M3_MAX = 448.0
 STEPS = (0.85, 0.92, 1.0, 1.08, 1.16)
 """Multiples of the codebook that "token-search" tries on each token."""
-SEEDS_TRIED = 8
 TRELLIS_ERRORS = {2: 0.0709, 3: 0.0185, 4: 0.0049}
 """Squared error of 2^12 states on normal rows, by bits (see `orbitdit.trellis`)."""
 
@@ -45,17 +44,17 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Codebook(NamedTuple):
-    """An activation's codebook on the grid: point k is `scale` * `values`[k]; in fp32, on a device."""
+    """An activation's codebook on the grid: point k is `scale` * `values`[k]; in fp32."""
 
     values: Tensor
     boundaries: Tensor
     scale: float
 
 
-def codebook_of(dim: int, bits: int, device: torch.device) -> Codebook:
+def codebook_of(dim: int, bits: int) -> Codebook:
     """The one that `orbitdit` encodes tokens with on a GPU."""
     found = on_grid(dim, bits, GRID, True)
-    return Codebook(found.values.float().to(device), found.boundaries.float().to(device), found.scale)
+    return Codebook(found.values.float(), found.boundaries.float(), found.scale)
 
 
 Tokens = Callable[[Tensor, Codebook], tuple[Tensor, Tensor | float]]
@@ -81,12 +80,6 @@ def unbiased_on_average(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     density = torch.nn.functional.pad((-edges.square() / 2).exp() / (2 * math.pi) ** 0.5, (1, 1))
     along = -(codebook.values * density.diff()).sum() * u.shape[-1] ** 0.5
     return by_norm(u, codebook)[0], 1 / along
-
-
-def least_squares(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """<u, q> / <q, q>: the scale of least squared error for these codes."""
-    q = by_norm(u, codebook)[0]
-    return q, _ratio((u * q).sum(-1, True), q.square().sum(-1, True), codebook.scale)
 
 
 def searched(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
@@ -135,10 +128,10 @@ def across_blocks(dim: int, seed: int) -> Transform | None:
     matrix = hartley(order)
 
     def apply(x: Tensor) -> Tensor:
-        place, signs = r.permutation.to(x.device), r.signs.to(x.device, x.dtype)
-        blocks = (x.index_select(-1, place) * signs).unflatten(-1, (order, r.block_size))
-        mixed = (matrix.to(x.device, x.dtype) @ blocks).flatten(-2) * signs
-        return torch.empty_like(x).index_copy_(-1, place, mixed)
+        signs = r.signs.to(x.dtype)
+        blocks = (x.index_select(-1, r.permutation) * signs).unflatten(-1, (order, r.block_size))
+        mixed = (matrix.to(x.dtype) @ blocks).flatten(-2) * signs
+        return torch.empty_like(x).index_copy_(-1, r.permutation, mixed)
 
     return apply
 
@@ -175,8 +168,7 @@ class Variant(NamedTuple):
     """How a variant differs from the default recipe. `bits`: the settings that it is measured at. `before` makes the
     transform of (dim, seed); `centred`: each picture's mean token is taken off before encoding and multiplied in 8
     bits; `own_mean`: the weights' error on the mean of unprompted pictures' activations is taken off the bias;
-    `own_balance`: see `balance_of`; `seeds`: how many rotations are tried on each layer, for the least error of its
-    weight; `allotted`: see `allotted`."""
+    `own_balance`: see `balance_of`; `allotted`: see `allotted`."""
 
     title: str
     tokens: Tokens = by_norm
@@ -184,7 +176,6 @@ class Variant(NamedTuple):
     centred: bool = False
     own_mean: bool = False
     own_balance: bool = False
-    seeds: int = 1
     allotted: bool = False
     bits: tuple[str, ...] = ("W2A4", "W3A3")
 
@@ -197,34 +188,26 @@ class Variant(NamedTuple):
 VARIANTS = {
     "base": Variant("the default recipe, by the same code"),
     "token-mean": Variant("mean token apart", centred=True),
-    "token-unbiased": Variant("unbiased token scale", unbiased),
     "token-constant": Variant("token scale unbiased on average", unbiased_on_average),
-    "mean-unbiased": Variant("mean token apart, unbiased token scale", unbiased, centred=True),
     "mean-constant": Variant("mean token apart, scale unbiased on average", unbiased_on_average, centred=True),
-    "two-rounds": Variant("two rounds of rotation", before=another_round),
-    "cross-blocks": Variant("Hartley matrix across blocks", before=across_blocks),
+    "token-unbiased": Variant("unbiased token scale", unbiased),
     "token-search": Variant("token scale searched, unbiased", searched),
-    "token-least-squares": Variant("least-squares token scale", least_squares),
     # No code has less than 2 bits: at 2 bits there is nothing to take from.
     "allotted": Variant("weight bits allotted, 2 to 4", allotted=True, bits=("W3A3",)),
-    "best-seed": Variant("best of 8 rotations a layer", seeds=SEEDS_TRIED),
-    "mean-two-rounds": Variant("mean token apart, two rounds", before=another_round, centred=True),
     "own-mean": Variant("bias for the mean of unprompted pictures", own_mean=True),
+    "two-rounds": Variant("two rounds of rotation", before=another_round),
+    "cross-blocks": Variant("Hartley matrix across blocks", before=across_blocks),
     "own-balance": Variant("channels balanced by unprompted pictures", own_balance=True),
-    "both-means": Variant("mean token apart, bias for the mean", centred=True, own_mean=True),
-    "all-means": Variant("mean token apart, unbiased token scale, bias", unbiased, centred=True, own_mean=True),
 }
-"""In the order in which they are measured: the most telling first, and those that look at pictures last."""
+"""In the order in which they are measured."""
 
 
 class Encoding:
     """What a variant makes of tokens: layers that encode alike share one, which remembers its last input."""
 
-    def __init__(
-        self, variant: Variant, dim: int, bits: int, seed: int, device: torch.device, balance: Tensor | None = None
-    ):
+    def __init__(self, variant: Variant, dim: int, bits: int, seed: int, balance: Tensor | None = None):
         self.tokens, self.centred, self.balance = variant.tokens, variant.centred, balance
-        self.codebook = codebook_of(dim, bits, device)
+        self.codebook = codebook_of(dim, bits)
         self.before, self.rotation = variant.before(dim, seed), rotation(dim, seed)
         self.last: tuple[Tensor, int] | None = None
         self.parts: list[tuple[Tensor, Tensor]] = []
@@ -261,8 +244,7 @@ class VariantLinear(nn.Module):
         self.in_features, self.out_features = coded.in_features, coded.out_features
         packed = coded.codes, coded.scales, coded.weight_bits, coded.in_features, GRID, coded.states
         values, scales = decode(*packed)
-        # Points of e4m3 are exact in bf16 too.
-        self.register_buffer("values", values.to(torch.bfloat16 if values.is_cuda else torch.float32))
+        self.register_buffer("values", values.float())
         self.register_buffer("row_scales", scales)
 
     values: Tensor
@@ -274,22 +256,16 @@ class VariantLinear(nn.Module):
         return self.coded.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [product(values, self.values) * scales * self.row_scales for values, scales in self.encoding(x)]
+        parts = [values @ self.values.T * scales * self.row_scales for values, scales in self.encoding(x)]
         y = sum(parts[1:], parts[0])
         bias = self.coded.bias
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def product(values: Tensor, weight: Tensor) -> Tensor:
-    """values (..., dim) and weight (rows, dim), both points of the grid, to (..., rows); sums in fp32."""
-    if values.is_cuda:
-        flat = values.flatten(0, -2).to(torch.bfloat16)
-        return torch.mm(flat, weight.T, out_dtype=torch.float32).view(*values.shape[:-1], len(weight))
-    return values @ weight.T
-
-
-Encodings = dict[tuple[int, int, int], Encoding]
-"""Of one variant on one device, by width, activation bits and seed."""
+Encodings = dict[tuple[int, int], Encoding]
+"""Of one variant and seed, by width and activation bits."""
+Codes = dict[tuple, QuantizedWeight]
+"""What weights of one model were quantized to, for variants that quantize the same."""
 
 
 def variant_layer(
@@ -299,33 +275,35 @@ def variant_layer(
     seed: int,
     statistics: Statistics | None = None,
     encodings: Encodings | None = None,
+    codes: Codes | None = None,
 ) -> VariantLinear:
-    """`linear` as `row` plans it, on its device. `statistics` of its inputs are needed for `own_mean` and
-    `own_balance`; layers made with the same `encodings` share them."""
+    """`linear` as `row` plans it. `statistics` of its inputs are needed for `own_mean` and `own_balance`; layers made
+    with the same `encodings` share them, and with the same `codes` the same weight is quantized once."""
     if statistics is None and variant.looks:
         raise ConfigError(f"{row.name} has no statistics of its inputs: calibrate the model that is quantized")
-    weight, encodings = linear.weight.detach(), {} if encodings is None else encodings
+    weight, encodings, codes = (
+        linear.weight.detach(),
+        {} if encodings is None else encodings,
+        {} if codes is None else codes,
+    )
     balance = None
     if variant.own_balance and statistics is not None:
-        balance, encodings = balance_of(statistics), {}
+        balance, encodings, codes = balance_of(statistics), {}, {}
         weight = weight.float() * balance
-    best: tuple[float, VariantLinear] | None = None
-    for own in (seed + (number << 32) for number in range(variant.seeds)):
-        key = row.in_features, row.activation_bits, own
-        encoding = encodings.get(key) or Encoding(variant, *key, weight.device, balance)
+    width = row.in_features, row.activation_bits
+    encoding = encodings.get(width) or Encoding(variant, *width, seed, balance)
+    encodings[width] = encoding
+    key = row.name, row.weight_bits, row.states, seed, variant.before
+    if key not in codes:
         given = weight if encoding.before is None else encoding.before(weight.double())
-        layer = VariantLinear(_coded(given, linear.bias, row, own), encoding)
-        error = float((layer.coded.dequantize() - given).square().sum()) if variant.seeds > 1 else 0.0
-        if best is None or error < best[0]:
-            best = error, layer
-    assert best is not None
-    layer = best[1]
-    encodings[row.in_features, row.activation_bits, layer.coded.seed] = layer.encoding
+        options = row.weight_bits, seed, f"{row.name}.weight"
+        codes[key] = quantize_weight(given, *options, states=row.states, scale=row.scale)
+    layer = VariantLinear(_coded(codes[key], linear.bias, row, seed), encoding)
     if balance is not None:
         layer.coded.balance = nn.Parameter(balance.to(torch.bfloat16), requires_grad=False)  # to be counted
     if variant.own_mean and statistics is not None:
-        mean = statistics.mean if balance is None else statistics.mean / balance
-        error = weight.float() @ mean - layer.values.float() @ layer.encoding.mix(mean) * layer.row_scales
+        mean = statistics.mean
+        error = weight.float() @ mean - layer.values @ encoding.mix(mean) * layer.row_scales
         bias = error if linear.bias is None else linear.bias.detach().float() + error
         layer.coded.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
     return layer
@@ -342,9 +320,7 @@ def balance_of(statistics: Statistics) -> Tensor:
     return (moments / moments.mean()).clamp(1e-4, 1e4).pow(0.25).to(torch.bfloat16).float()
 
 
-def _coded(weight: Tensor, bias: Tensor | None, row: LayerPlan, seed: int) -> OrbitLinear:
-    """The codes and scales of `weight` (out, in)."""
-    options = row.weight_bits, seed, f"{row.name}.weight"
+def _coded(quantized: QuantizedWeight, bias: Tensor | None, row: LayerPlan, seed: int) -> OrbitLinear:
     return OrbitLinear(
         row.in_features,
         row.out_features,
@@ -353,31 +329,39 @@ def _coded(weight: Tensor, bias: Tensor | None, row: LayerPlan, seed: int) -> Or
         activation_bits=row.activation_bits,
         states=row.states,
         seed=seed,
-        quantized=quantize_weight(weight, *options, states=row.states, scale=row.scale),
+        quantized=quantized,
     )
 
 
 @torch.no_grad()
 def quantize_variant_(
-    model: nn.Module, name: str, bits: str, seed: int = 0, statistics: Mapping[str, Statistics] | None = None
+    model: nn.Module,
+    name: str,
+    bits: str,
+    seed: int = 0,
+    statistics: Mapping[str, Statistics] | None = None,
+    states: int = 12,
+    codes: Codes | None = None,
 ) -> None:
-    """Quantize `model` in place by the variant `name` of VARIANTS at `bits` ("w2a4"), layer by layer on its device.
+    """Quantize `model` in place by the variant `name` of VARIANTS at `bits` ("w2a4"), trellises with 2^`states` states.
 
     Modulation layers become INT4, as `orbitdit.quantize_` makes them. `statistics` by layer are needed for variants
-    with `own_mean` or `own_balance`. Raises ConfigError for an unknown variant, for bits that it is not for and for
-    missing statistics, and as `orbitdit.quantize_` does; the model is unchanged then.
+    with `own_mean` or `own_balance`; `codes` are those of the same model, read and added to. Raises ConfigError for an
+    unknown variant, for bits that it is not for and for missing statistics, and as `orbitdit.quantize_` does; the model
+    is unchanged then.
     """
     if name not in VARIANTS:
         raise ConfigError(f"variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
-    config = OrbitQuantConfig(bits, seed=seed)
+    options = {"seed": seed, "trellis_states": states}
+    config = OrbitQuantConfig(bits, **options)
     if config.label not in variant.bits:
         raise ConfigError(f"variant {name} is for {' and '.join(variant.bits)}, not for {config.label}")
     found = plan(model, config)
     if variant.allotted:
         of_layer = allotted(model, found.select("quantize"), config.weight_bits)
         rules = [(layer, f"w{b}a{config.activation_bits}") for layer, b in of_layer.items()]
-        found = plan(model, OrbitQuantConfig(bits, seed=seed, rules=rules, trellis_bits=tuple(TRELLIS_ERRORS)))
+        found = plan(model, OrbitQuantConfig(bits, rules=rules, trellis_bits=tuple(TRELLIS_ERRORS), **options))
     made: dict[str, nn.Module] = {}
     encodings: Encodings = {}
     for row in found.select("quantize", "int4"):
@@ -386,6 +370,7 @@ def quantize_variant_(
         if row.action == "int4":
             made[row.name] = quantize_layer(linear, row, seed)
         else:
-            made[row.name] = variant_layer(linear, row, variant, seed, (statistics or {}).get(row.name), encodings)
+            own = (statistics or {}).get(row.name)
+            made[row.name] = variant_layer(linear, row, variant, seed, own, encodings, codes)
     for layer, module in made.items():
         replace_module(model, layer, module)
