@@ -39,7 +39,8 @@ of a second model. Measure with `python -m scripts.quality --out docs/quality/NA
 HOW = """Every model draws the same {prompts:,} prompts, 200 in each of six categories, each picture from its own
 noise; an exact detector says whether a picture shows what its prompt asks, nothing missing and nothing extra. A score
 is the share of right pictures; the first table of a model gives it as a share of that model's score at full precision,
-mean ± standard deviation where a random rotation was measured with several seeds.
+mean ± standard deviation where a random rotation was measured with several seeds. A dash stands for what has not been
+measured. What the models are, and why two of them share a world, is in [training/](../training/README.md).
 
 **Bold** marks our losses: a baseline above orbitdit at the same setting, and orbitdit below its target ({targets}).
 All methods quantize the same layers and store the modulation layers alike, but bits are not quite equal: what a
