@@ -6,7 +6,6 @@ measured counts, files in the order of their names; trials on fewer prompts than
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +24,7 @@ VARIANTS_FILE = "variants.jsonl"
 """What has a section of its own, apart from the table of methods."""
 
 PER_CATEGORY = 200
+README_BITS = ("W4A4", "W3A3", "W2A4")
 TARGETS = {"W4A4": 0.97, "W3A3": 0.82, "W2A4": 0.87, "W2A3": 0.70}
 """Shares of the full-precision score that were set as targets before anything was measured."""
 RAW, ROTATED, INK = "#c2571a", "#1f5fa8", "#444444"
@@ -36,14 +36,11 @@ what their authors' versions have that these lack, are in [baselines/](../baseli
 """
 NOTHING = """No line of the full table has been measured and committed yet: there is nothing to show of the baselines or
 of a second model. Measure with `python -m scripts.quality --out docs/quality/NAME.jsonl`."""
-EARLIER = """## The paper's recipe at an older commit
-
-The embedded model at all settings over two rotation seeds, with the centroids themselves
-([figures](quality/README.md)):"""
 HOW = """Every model draws the same {prompts:,} prompts, 200 in each of six categories, each picture from its own
 noise; an exact detector says whether a picture shows what its prompt asks, nothing missing and nothing extra. A score
 is the share of right pictures; the first table of a model gives it as a share of that model's score at full precision,
-mean ± standard deviation where a random rotation was measured with several seeds.
+mean ± standard deviation where a random rotation was measured with several seeds. A dash stands for what has not been
+measured. What the models are, and why two of them share a world, is in [training/](../training/README.md).
 
 **Bold** marks our losses: a baseline above orbitdit at the same setting, and orbitdit below its target ({targets}).
 All methods quantize the same layers and store the modulation layers alike, but bits are not quite equal: what a
@@ -107,18 +104,17 @@ def methods_in(rows: list[Row]) -> list[str]:
 
 def summary(rows: list[Row], full: Row) -> str:
     """Methods by settings: shares of full precision."""
-    whole = full["scores"]["overall"]
-
-    def cell(method: str, bits: str) -> str:
-        chosen = of(rows, method, bits)
-        if not chosen:
-            return "-"
-        shares = [r["scores"]["overall"] / whole for r in chosen]
-        text = spread(shares)
-        return f"**{text}**" if is_loss(method, bits, mean(shares), rows, whole) else text
-
-    body = [[TITLES[m], beyond(rows, m), *(cell(m, bits) for bits in BITS)] for m in methods_in(rows)]
+    body = [[TITLES[m], beyond(rows, m), *(share(rows, full, m, bits) for bits in BITS)] for m in methods_in(rows)]
     return table(["share of full precision", "bits beyond the code", *BITS], body)
+
+
+def share(rows: list[Row], full: Row, method: str, bits: str) -> str:
+    """A method's share of full precision at one setting, bold if it tells against orbitdit; "-" if not measured."""
+    whole, chosen = full["scores"]["overall"], of(rows, method, bits)
+    if not chosen:
+        return "-"
+    shares = [r["scores"]["overall"] / whole for r in chosen]
+    return f"**{spread(shares)}**" if is_loss(method, bits, mean(shares), rows, whole) else spread(shares)
 
 
 def beyond(rows: list[Row], method: str) -> str:
@@ -233,28 +229,18 @@ def figure(rows: list[Row]) -> str:
     return "\n".join([head, legend, *parts, "</svg>"]) + "\n"
 
 
-def earlier_table() -> str:
-    """Scores of the paper's recipe over two rotation seeds, measured before there was a table of all methods."""
-    runs = [json.loads(p.read_text())["results"] for p in sorted((ROOT / "docs/quality").glob("seed*.json"))]
-    rows = []
-    for settings in zip(*runs, strict=True):
-        scores = [[s["scores"][c] for s in settings] for c in (*CATEGORIES, "overall")]
-        own = settings[0]["psnr_db"] is None
-        distances = "-" if own else f"{mean(s['psnr_db'] for s in settings):.1f}"
-        overall = f"{mean(scores[-1]):.3f}" if own else spread(scores[-1])
-        rows.append([settings[0]["label"], *(f"{mean(values):.3f}" for values in scores[:-1]), overall, distances])
-    return table(["", *CATEGORIES, "overall", "PSNR, dB"], rows)
-
-
 def readme_table() -> str:
-    """The models' first tables, for README.md."""
+    """The first table of README.md: methods by models and the settings in README_BITS."""
     runs, _ = read(ROOT / "docs/quality")
-    parts = []
-    for model in distinct(r["model"] for r in runs):
-        rows = [r for r in runs if r["model"] == model]
-        full = next((r for r in rows if r["method"] == FULL and r["status"] == "ok"), None)
-        parts += [f"{model}, full precision {full['scores']['overall']:.3f}:", summary(rows, full)] if full else []
-    return "\n\n".join(parts) or NOTHING
+    fulls = {r["model"]: r for r in runs if r["method"] == FULL and r["status"] == "ok"}
+    if not fulls:
+        return NOTHING
+    own = {model: [r for r in runs if r["model"] == model] for model in fulls}
+    columns = [(model, bits) for model in fulls for bits in README_BITS]
+    body = [
+        [TITLES[m], *(share(own[model], fulls[model], m, bits) for model, bits in columns)] for m in methods_in(runs)
+    ]
+    return table(["share of full precision", *(f"{model}, {bits}" for model, bits in columns)], body)
 
 
 def pages(folder: Path) -> dict[str, str]:
@@ -269,7 +255,6 @@ def pages(folder: Path) -> dict[str, str]:
         parts.append(NOTHING)
     beyond = folder / VARIANTS_FILE
     parts += [section(read_lines(beyond))] if beyond.exists() else []
-    parts += [EARLIER, earlier_table()]
     models = {m: [r for r in watched if r["model"] == m] for m in distinct(r["model"] for r in watched)}
     if models:
         parts.append(mechanism_section(models))
