@@ -1,6 +1,6 @@
 """Measure every method at every setting on trained models: `python -m scripts.quality --out docs/quality/FILE.jsonl`.
 
-A run is (model, method, bits, seed of the rotation): the fixed benchmark of the embedded world, each picture from the
+A run is (model, method, bits, seed of the rotation): the fixed benchmark of the model's world, each picture from the
 noise of its own number, the same for all. One JSON line a run, written at once; a run whose line is in the file is not
 made again, so that the same command goes on after a stop. The most telling runs come first (see `runs_of`).
 

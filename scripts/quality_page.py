@@ -36,13 +36,14 @@ what their authors' versions have that these lack, are in [baselines/](../baseli
 """
 NOTHING = """No line of the full table has been measured and committed yet: there is nothing to show of the baselines or
 of a second model. Measure with `python -m scripts.quality --out docs/quality/NAME.jsonl`."""
-HOW = """Every model draws the same {prompts:,} prompts, 200 in each of six categories, each picture from its own
-noise; an exact detector says whether a picture shows what its prompt asks, nothing missing and nothing extra. A score
-is the share of right pictures; the first table of a model gives it as a share of that model's score at full precision,
-mean ± standard deviation where a random rotation was measured with several seeds. A dash stands for what has not been
-measured. What the models are, and why two of them share a world, is in [training/](../training/README.md).
+HOW = """On each model every method draws the same {prompts:,} prompts of the model's world, 200 in each of six
+categories, each picture from its own noise; an exact detector says whether a picture shows what its prompt asks,
+nothing missing and nothing extra. A score is the share of right pictures; the first table of a model gives it as a
+share of that model's score at full precision, mean ± standard deviation where a random rotation was measured with
+several seeds. A dash stands for what has not been measured. What the models are, and why two of them share a world, is
+in [training/](../training/README.md).
 
-**Bold** marks our losses: a baseline above orbitdit at the same setting, and orbitdit below its target ({targets}).
+**Bold** marks our losses: another method above orbitdit at the same setting, and orbitdit below its target ({targets}).
 All methods quantize the same layers and store the modulation layers alike, but bits are not quite equal: what a
 quantized weight takes beyond its code, in scales, zero points, smoothing and low-rank factors, stands beside each
 method. orbitdit runs on the number grid that its device takes by default, the paper's recipe with fp32 centroids as in
@@ -253,8 +254,8 @@ def pages(folder: Path) -> dict[str, str]:
         parts += [model_section(m, [r for r in runs if r["model"] == m]) for m in distinct(r["model"] for r in runs)]
     else:
         parts.append(NOTHING)
-    beyond = folder / VARIANTS_FILE
-    parts += [section(read_lines(beyond))] if beyond.exists() else []
+    variants = folder / VARIANTS_FILE
+    parts += [section(read_lines(variants))] if variants.exists() else []
     models = {m: [r for r in watched if r["model"] == m] for m in distinct(r["model"] for r in watched)}
     if models:
         parts.append(mechanism_section(models))

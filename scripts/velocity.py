@@ -49,8 +49,8 @@ TIMES = 5
 """Steps at which the velocity is looked at, evenly from the first to the last."""
 GUIDANCE = 3.0
 NOISE = {1: 0.272, **TRELLIS_ERRORS}
-"""Squared error D of 2^12 states on normal rows, by bits; orbitdit has no code of 1 bit, for which D is that of a
-trellis made in the same way. An unbiased scale makes it D / (1 - D) of a row's energy."""
+"""Squared error D of 2^12 states on normal rows, by bits; orbitdit has no code of 1 bit, for which D is an estimate
+between the bound's 0.25 and a scalar code's 0.363. An unbiased scale makes it D / (1 - D) of a row's energy."""
 UNPROMPTED = 12
 """Pictures without a prompt that some variants look at."""
 SHARED = ("per_category", "steps", "states")
@@ -100,7 +100,7 @@ def planned(model: nn.Module) -> dict[str, int]:
 
 def runs_of(folders: Mapping[str, Path], seeds: Sequence[int] = SEEDS) -> list[Run]:
     """All runs, the most telling first: seed by seed, the variants at each of BITS, then layers, then the oracle."""
-    groups = {m: groups_of(list(planned(skeleton(transformer_of(folder))))) for m, folder in folders.items()}
+    groups = {m: groups_of(list(planned(skeleton(transformer_of(folder)[1])))) for m, folder in folders.items()}
     found = []
     for seed in seeds:
         for bits in BITS:
@@ -112,8 +112,9 @@ def runs_of(folders: Mapping[str, Path], seeds: Sequence[int] = SEEDS) -> list[R
     return found
 
 
-def transformer_of(folder: Path) -> Path:
-    return next(path for name, path in transformers_in(folder).items() if name)
+def transformer_of(folder: Path) -> tuple[str, Path]:
+    """The name and the folder of the pipeline's transformer, the first of several."""
+    return next((name, path) for name, path in transformers_in(folder).items() if name)
 
 
 class Subject:
@@ -122,7 +123,7 @@ class Subject:
     def __init__(self, folder: Path, per_category: int, steps: int, states: int):
         self.steps, self.states = steps, states
         self.pipeline = load_pipeline(folder, torch.float32)
-        self.component = next(name for name in transformers_in(folder) if name)
+        self.component = transformer_of(folder)[0]
         self.model: nn.Module = getattr(self.pipeline, self.component)
         self.weights = planned(self.model)
         self.groups = groups_of(list(self.weights))
@@ -297,6 +298,8 @@ def main(given: list[str] | None = None) -> None:
         if not wanted:
             raise ConfigError(f"--only {' '.join(args.only)} matches no run, such as {runs[0].label}")
         rows, repaired = resume_lines(args.out)
+        if any("what" not in row for row in rows):
+            raise ConfigError(f"{args.out} holds other lines than those of scripts.velocity: choose another file")
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"velocity: {error}")
     if repaired:

@@ -15,7 +15,8 @@ LAYERS = {ALL: "all layers", TEXT: "text stream"}
 
 HEAD = """## What was tried beyond
 
-Changes to the default recipe at the same stored bits, one at a time (`scripts/variants.py` says what each does).
+Changes to the default recipe at the same stored bits (balanced channels take one factor for each input more), one or
+two at a time (`scripts/variants.py` says what each does).
 Pictures tell small changes from chance only by the thousand, so these are judged by the velocity: along trajectories
 of the model in full precision, the squared error of the quantized model's velocity over the squared velocity, mean
 over some of the steps (`scripts/velocity.py`). The tables give that error over the default recipe's own from the same
@@ -42,12 +43,12 @@ rest in full precision; as a share of the guided error that it makes on all laye
 of those layers' inputs is in pictures' mean tokens. The oracle gives each kind of layer 1 to 4 bits, 2 on average
 over all weights, such that the error is least, and knows the errors of the kinds on these very prompts.
 
-Feed-forwards make most of the error, and the first and the last block of a model more than those between; queries and
-keys make little, and what looks at the text next to nothing, whatever its share of the weights: a text stream, or
-the keys and values of cross-attention. So the oracle takes bits from there, and the more weights are there, the
-further the error of the weights falls. No statistic of weights alone tells this, and it need not be so elsewhere: here
-a text is a few words of a small vocabulary. In a model whose text matters more, 1 bit would harm what nobody measured.
-It is not built."""
+Feed-forwards make most of the error, and, on the models measured so, the first and the last block more than the middle
+ones; queries and keys make little, and what looks at the text next to nothing, whatever its share of the weights: a
+text stream, or the keys and values of cross-attention. So the oracle takes bits from there, and the more weights are
+there, the further the error of the weights falls. No statistic of weights alone tells this, and it need not be so
+elsewhere: here a text is a few words of a small vocabulary. In a model whose text matters more, 1 bit would harm what
+nobody measured. It is not built."""
 
 
 def section(rows: Sequence[Row]) -> str:
@@ -55,12 +56,14 @@ def section(rows: Sequence[Row]) -> str:
     last = list({tuple(row[key] for key in Run._fields): row for row in rows}.values())
     if not last:
         return ""
-    variants = [r for r in last if r["what"] == "variant"]
-    tables = [GUIDED, variants_table(variants, "guided"), RAW, variants_table(variants, "error")]
-    parts = [HEAD, measured_with(last), *tables, VARIANTS_TEXT, "### Where the error comes from", LAYERS_TEXT]
-    for model in distinct(r["model"] for r in last):
-        own = [r for r in last if r["model"] == model and r["what"] != "variant"]
-        parts += [f"{model}:", layers_table(own)] if own else []
+    variants, layers = ([r for r in last if (r["what"] == "variant") == wanted] for wanted in (True, False))
+    parts = [HEAD, measured_with(last)]
+    if variants:
+        parts += [GUIDED, variants_table(variants, "guided"), RAW, variants_table(variants, "error"), VARIANTS_TEXT]
+    if layers:
+        parts += ["### Where the error comes from", LAYERS_TEXT]
+    for model in distinct(r["model"] for r in layers):
+        parts += [f"{model}:", layers_table([r for r in layers if r["model"] == model])]
     return "\n\n".join(parts)
 
 

@@ -75,7 +75,7 @@ class GridCodebook(NamedTuple):
 
 @shared
 def on_grid(dim: int, bits: int, grid: str, refit: bool) -> GridCodebook:
-    """The codebook C(dim, bits) on the grid "e4m3" or "int8", with the scale of least squared error (issue 3).
+    """The codebook C(dim, bits) on the grid "e4m3" or "int8", with the scale of least squared error.
 
     Without `refit` the cells stay those of `lloyd_max` (for stored codes: their meaning must not depend on a grid) and
     each centroid moves to a point near it. With `refit` (for activations) Lloyd-Max runs under the constraint:

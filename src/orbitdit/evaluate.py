@@ -1,6 +1,6 @@
 """Generate the same prompts from the same noise at several settings, and judge the pictures.
 
-Works for any diffusers pipeline folder. Pictures of the embedded world are judged by its exact detector;
+Works for any diffusers pipeline folder. Pictures of a world of `orbitdit.shapes` are judged by its exact detector;
 those of other models are compared with full precision by PSNR alone.
 """
 

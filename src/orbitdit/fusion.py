@@ -1,4 +1,4 @@
-"""Blocks of diffusers' models whose norms and activations run inside the encoding of the layer that follows (issue 3).
+"""Blocks of diffusers' models whose norms and activations run inside the encoding of the layer that follows.
 
 A norm with AdaLN's modulation, and the GELU or gated SiLU of a feed-forward, directly precede a quantized layer; the
 kernel that encodes its tokens can compute them on the way, and what lies between is never written to memory. A block

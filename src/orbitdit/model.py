@@ -74,7 +74,7 @@ def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True)
 
 
 def set_grid_(model: nn.Module, grid: str = "auto", resident: bool = False) -> nn.Module:
-    """Choose, in place, the number grid that quantized layers multiply on, and return the model (issue 3).
+    """Choose, in place, the number grid that quantized layers multiply on, and return the model.
 
     "auto" is the fastest of the device: "e4m3" on CUDA devices of compute capability 8.9 and newer, "int8" on 8.0 and
     newer and on CPUs that multiply it, else "exact", which multiplies the centroids themselves. `resident` keeps the

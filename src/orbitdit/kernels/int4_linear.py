@@ -91,8 +91,8 @@ def _plan(dim: int, half: bool, whole_tiles: bool, device: int) -> Plan | None:
 def shape_for(dim: int, bulk: bool, shared: int) -> Shape | None:
     """The launch for `dim` inputs where a block has `shared` bytes of shared memory; None for too many inputs.
 
-    Warps take equal parts of a row, in as few rounds as can be. Measured on an H200: two stages lead at every width,
-    and short rows are better copied by threads.
+    Warps take equal parts of a row, in as few rounds as can be. Measured on an H200 in a CUDA graph at 256, 512, 3072
+    and 6144 inputs: two stages lead, and rows of 512 and less are better copied by threads.
     """
     chunks = -(-dim // CHUNK)
     if chunks > CHUNKS:

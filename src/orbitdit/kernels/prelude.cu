@@ -169,8 +169,8 @@ __device__ inline void expect_bytes(u8* barrier, u32 bytes) {
 
 __device__ inline void copy_bulk(u8* to, const void* from, u32 bytes, u8* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   static_cast<u32>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(bytes), "r"(static_cast<u32>(__cvta_generic_to_shared(barrier)))
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
 

@@ -1,7 +1,7 @@
 """The worlds as data: what their pictures may show, and how large and on which ground.
 
 Everything else (prompts, scenes, detector) is the same code for all of them. The embedded model draws SHAPES;
-GLYPHS is the world of a second model, used to check that what holds for the first is not an accident of it: other
+GLYPHS is the world of two more models, used to check that what holds for the first is not an accident of it: other
 shapes with thinner strokes, other colours, and a bright striped ground where SHAPES has a dark smooth one. The
 worlds share no shape and no colour, so that a prompt belongs to one world alone.
 """
