@@ -200,7 +200,8 @@ def section(suite: str, rows: list[Row]) -> str:
     if suite == "memory":
         return "\n\n".join([f"### {TITLES[suite]}", measured_with(rows), memory_details(rows)])
     details: Callable[[list[Row]], str] = model_details if suite == "models" else lambda r: small_details(suite, r)
-    parts = [f"### {TITLES[suite]}", measured_with(rows), matrix(suite, rows), "All rows:", details(rows)]
+    compared = [matrix(suite, rows)] if any(r["provider"] not in ALONE for r in rows) else []
+    parts = [f"### {TITLES[suite]}", measured_with(rows), *compared, "All rows:", details(rows)]
     missing = [f"- {r['case']}, {r['provider']}: {failure(r)}" for r in rows if r["status"] != "ok"]
     if missing:
         parts += ["Without a time:", "\n".join(missing)]
