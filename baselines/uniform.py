@@ -117,16 +117,19 @@ class Activation(NamedTuple):
             low, high = low.float().clamp_(max=0), high.float().clamp_(min=0)
             scale = ((high - low) / full).clamp_(min=1e-20)
             least = (low / scale).round_()
-            return self._rounded(groups, scale, least, least + full, x)
+            return _rounded(groups, scale, least, least + full)
         signed = 2 ** (self.bits - 1) - 1
         unsigned = torch.zeros(1, dtype=torch.bool, device=x.device) if self.unsigned is None else self.unsigned
         most = torch.where(unsigned, full, signed)[:, None].float()
         largest = torch.linalg.vector_norm(groups, torch.inf, dim=-1, keepdim=True).float()
         scale = (largest * self.clip / most).clamp_(min=1e-20)
-        return self._rounded(groups, scale, torch.where(unsigned, 0, -signed - 1)[:, None].float(), most, x)
+        return _rounded(groups, scale, torch.where(unsigned, 0, -signed - 1)[:, None].float(), most)
 
-    @staticmethod
-    def _rounded(groups: Tensor, scale: Tensor, least: Tensor, most: Tensor, like: Tensor) -> Tensor:
-        """Computed in fp32, and in place: on a GPU the passes over memory are what takes time."""
-        codes = (groups / scale).round_().clamp_(least, most)
-        return codes.mul_(scale).to(like.dtype).view(like.shape)
+
+def _rounded(groups: Tensor, scale: Tensor, least: Tensor, most: Tensor) -> Tensor:
+    """`groups` (..., groups, size) on a grid of steps `scale` from `least` to `most` of them, as (..., dim).
+
+    Computed in fp32, and in place: on a GPU the passes over memory are what takes time.
+    """
+    codes = (groups / scale).round_().clamp_(least, most)
+    return codes.mul_(scale).flatten(-2).to(groups.dtype)

@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import CATEGORIES, benchmark
 from orbitdit.shapes.worlds import World
 
+R = TypeVar("R")
 FULL = "full"
 BITS = ("W2A4", "W3A3", "W4A4", "W2A3", "W4A6")
 """In the order in which they are measured."""
@@ -211,6 +212,14 @@ def models_of(values: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
+def selected(runs: Mapping[str, R], only: Sequence[str] | None) -> list[R]:
+    """--only GLOB, over the names of `runs`: those that match one, or all without any."""
+    chosen = [run for name, run in runs.items() if any(fnmatch(name, glob) for glob in only or ["*"])]
+    if not chosen:
+        raise ConfigError(f"--only {' '.join(only or ())} matches no run, such as {next(iter(runs))}")
+    return chosen
+
+
 def shard_of(value: str, runs: Sequence[Run]) -> list[Run]:
     """--shard I/N: every Nth run, from the Ith."""
     match = re.fullmatch(r"([1-9][0-9]*)/([1-9][0-9]*)", value)
@@ -239,9 +248,7 @@ def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     try:
         folders = models_of(args.model or ["embedded"])
-        chosen = [r for r in runs_of(folders) if any(fnmatch(r.name, glob) for glob in args.only or ["*"])]
-        if not chosen:
-            raise ConfigError(f"--only {' '.join(args.only)} matches no run, such as {runs_of(folders)[-1].name}")
+        chosen = selected({run.name: run for run in runs_of(folders)}, args.only)
         for model in dict.fromkeys(r.model for r in chosen):
             judged_world(folders[model])
         wanted = shard_of(args.shard, chosen)

@@ -1,8 +1,8 @@
 """Write docs/quality.md from the result lines: `python -m scripts.quality_page`; with --check only compare.
 
-Every figure on the page is read or computed from docs/quality/*.jsonl (scripts.quality and scripts.mechanism write
-them; variants.jsonl is what scripts.velocity writes). Of several lines for one run the last one that was
-measured counts, files in the order of their names; trials on fewer prompts than the full benchmark's are left out.
+Every figure on the page is read or computed from docs/quality/*.jsonl (scripts.quality, scripts.mechanism and
+scripts.velocity write them). Of several lines for one run the last one that was measured counts, files in the order of
+their names; trials on fewer prompts than the full benchmark's are left out.
 """
 
 import argparse
@@ -20,11 +20,9 @@ from scripts.velocity_page import section
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
-VARIANTS_FILE = "variants.jsonl"
-"""What has a section of its own, apart from the table of methods."""
-
 PER_CATEGORY = 200
 README_BITS = ("W4A4", "W3A3", "W2A4")
+"""Settings in the README's table, which has all models side by side."""
 TARGETS = {"W4A4": 0.97, "W3A3": 0.82, "W2A4": 0.87, "W2A3": 0.70}
 """Shares of the full-precision score that were set as targets before anything was measured."""
 RAW, ROTATED, INK = "#c2571a", "#1f5fa8", "#444444"
@@ -50,19 +48,23 @@ method. orbitdit runs on the number grid that its device takes by default, the p
 the paper."""
 
 
-def read(folder: Path) -> tuple[list[Row], list[Row]]:
-    """The lines of the table that count, and those of the mechanism, in the order in which they first appear."""
+def read(folder: Path) -> tuple[list[Row], list[Row], list[Row]]:
+    """The lines of the table that count and those of the mechanism, in the order in which they first appear, and all
+    lines of the velocity."""
     runs: dict[tuple, Row] = {}
     watched: dict[tuple, Row] = {}
+    velocities: list[Row] = []
     for path in sorted(folder.glob("*.jsonl")):
-        for row in read_lines(path) if path.name != VARIANTS_FILE else ():
-            if "rotated" in row:
+        for row in read_lines(path):
+            if "what" in row:
+                velocities.append(row)
+            elif "rotated" in row:
                 watched[row["model"], row["component"], row["layer"], row["branch"]] = row
             elif row["per_category"] == PER_CATEGORY:
                 key = (row["model"], row["method"], row["bits"], row["seed"])
                 if row["status"] == "ok" or key not in runs:
                     runs[key] = row
-    return list(runs.values()), list(watched.values())
+    return list(runs.values()), list(watched.values()), velocities
 
 
 def model_section(model: str, rows: list[Row]) -> str:
@@ -232,7 +234,7 @@ def figure(rows: list[Row]) -> str:
 
 def readme_table() -> str:
     """The first table of README.md: methods by models and the settings in README_BITS."""
-    runs, _ = read(ROOT / "docs/quality")
+    runs = read(ROOT / "docs/quality")[0]
     fulls = {r["model"]: r for r in runs if r["method"] == FULL and r["status"] == "ok"}
     if not fulls:
         return NOTHING
@@ -246,7 +248,7 @@ def readme_table() -> str:
 
 def pages(folder: Path) -> dict[str, str]:
     """Every generated file by its name relative to docs/: the page and its figures."""
-    runs, watched = read(folder)
+    runs, watched, velocities = read(folder)
     parts = [HEAD.strip()]
     if runs:
         targets = ", ".join(f"{bits} {share:.2f}" for bits, share in TARGETS.items())
@@ -254,8 +256,7 @@ def pages(folder: Path) -> dict[str, str]:
         parts += [model_section(m, [r for r in runs if r["model"] == m]) for m in distinct(r["model"] for r in runs)]
     else:
         parts.append(NOTHING)
-    variants = folder / VARIANTS_FILE
-    parts += [section(read_lines(variants))] if variants.exists() else []
+    parts += [section(velocities)] if velocities else []
     models = {m: [r for r in watched if r["model"] == m] for m in distinct(r["model"] for r in watched)}
     if models:
         parts.append(mechanism_section(models))

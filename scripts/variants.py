@@ -147,21 +147,29 @@ def allotted(model: nn.Module, rows: Sequence[LayerPlan], bits: int) -> dict[str
     """Bits (2, 3, 4) of each layer's weights, on average over all weights at most `bits`.
 
     Reverse water-filling on what the weights tell alone: white inputs of unit variance make layer l err by
-    D(b) * ||W_l||^2. Bits go, one at a time, to the layer where one saves most a stored bit; D is convex, so that
-    this is the best there is, but for the last few bits that fit nowhere.
+    D(b) * ||W_l||^2.
     """
-    energy = {row.name: float(linear_named(model, row.name).weight.double().square().mean()) for row in rows}
-    found = {row.name: min(TRELLIS_ERRORS) for row in rows}
-    left = sum(row.weights for row in rows) * (bits - min(TRELLIS_ERRORS))
+    energy = {row.name: float(linear_named(model, row.name).weight.double().square().sum()) for row in rows}
+    return allocated(energy, {row.name: row.weights for row in rows}, bits, TRELLIS_ERRORS)
 
-    def saved(row: LayerPlan) -> float:
-        return energy[row.name] * (TRELLIS_ERRORS[found[row.name]] - TRELLIS_ERRORS[found[row.name] + 1])
 
-    while fitting := [r for r in rows if found[r.name] + 1 in TRELLIS_ERRORS and r.weights <= left]:
-        row = max(fitting, key=saved)
-        found[row.name] += 1
-        left -= row.weights
-    return found
+def allocated(
+    importance: Mapping[str, float], sizes: Mapping[str, int], average: float, error: Mapping[int, float]
+) -> dict[str, int]:
+    """Bits of each part, out of those of `error`, at most `average` over all `sizes`, that make the sum of `importance`
+    times `error` least but for the last bits that fit nowhere. From the fewest everywhere, one goes at a time to where
+    it saves most a stored bit, which is best because savings shrink with the bits."""
+    bits = dict.fromkeys(importance, min(error))
+    left = sum(sizes.values()) * (average - min(error))
+
+    def saved(part: str) -> float:
+        return importance[part] * (error[bits[part]] - error[bits[part] + 1]) / sizes[part]
+
+    while fitting := [part for part in bits if bits[part] + 1 in error and sizes[part] <= left]:
+        part = max(fitting, key=saved)
+        bits[part] += 1
+        left -= sizes[part]
+    return bits
 
 
 class Variant(NamedTuple):

@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -39,8 +38,8 @@ from orbitdit.evaluate import BATCH, generate
 from orbitdit.integrations.folders import load_pipeline, skeleton, transformers_in
 from orbitdit.lines import append_line, resume_lines
 from orbitdit.shapes.prompts import CATEGORIES, benchmark
-from scripts.quality import CALIBRATION_NOISE, SEEDS, STEPS, environment, judged_world, models_of
-from scripts.variants import TRELLIS_ERRORS, VARIANTS, Codes, quantize_variant_
+from scripts.quality import CALIBRATION_NOISE, SEEDS, STEPS, environment, judged_world, models_of, selected
+from scripts.variants import TRELLIS_ERRORS, VARIANTS, Codes, allocated, quantize_variant_
 
 BITS = ("W3A3", "W2A4")
 PAPER = "paper"
@@ -48,9 +47,10 @@ ALL, TEXT, ORACLE = "all", "text stream", "oracle"
 TIMES = 5
 """Steps at which the velocity is looked at, evenly from the first to the last."""
 GUIDANCE = 3.0
-NOISE = {1: 0.272, **TRELLIS_ERRORS}
-"""Squared error D of 2^12 states on normal rows, by bits; orbitdit has no code of 1 bit, for which D is an estimate
-between the bound's 0.25 and a scalar code's 0.363. An unbiased scale makes it D / (1 - D) of a row's energy."""
+NOISE = {bits: d / (1 - d) for bits, d in {1: 0.272, **TRELLIS_ERRORS}.items()}
+"""Squared error over a row's energy, by bits: an unbiased scale makes D / (1 - D) of the error D of 2^12 states on
+normal rows. orbitdit has no code of 1 bit, for which D is an estimate between the bound's 0.25 and a scalar code's
+0.363."""
 UNPROMPTED = 12
 """Pictures without a prompt that some variants look at."""
 SHARED = ("per_category", "steps", "states")
@@ -209,11 +209,11 @@ class Subject:
         return self.noise_errors[key]
 
     def oracle(self, seed: int) -> dict[str, int]:
-        """Bits of each kind of layer: see `allocated`."""
+        """Bits of each kind of layer, 2 on average: see `allocated`."""
         kinds = {kind: self.groups[kind] for kind in map(kind_of, self.weights)}
         errors = {kind: self.noise_error(dict.fromkeys(layers, 2), seed)["guided"] for kind, layers in kinds.items()}
         sizes = {kind: sum(self.weights[name] for name in layers) for kind, layers in kinds.items()}
-        return allocated(errors, sizes, 2)
+        return allocated(errors, sizes, 2, NOISE)
 
 
 def relative(found: Tensor, target: Tensor) -> float:
@@ -241,35 +241,13 @@ def noisy(model: nn.Module, layers: Iterable[str], bits: Mapping[str, int], seed
             weight = model.get_submodule(name).weight.data
             before[name] = weight.clone()
             generator = torch.Generator().manual_seed(seed << 16 | number)  # of which the CPU's takes 32 bits
-            size = (weight.square().mean(1, keepdim=True) * unbiased_error(bits[name])).sqrt()
+            size = (weight.square().mean(1, keepdim=True) * NOISE[bits[name]]).sqrt()
             weight += size * torch.randn(weight.shape, generator=generator)
     try:
         yield
     finally:
         for name, weight in before.items():
             model.get_submodule(name).weight.data.copy_(weight)
-
-
-def unbiased_error(bits: int) -> float:
-    return NOISE[bits] / (1 - NOISE[bits])
-
-
-def allocated(errors: Mapping[str, float], sizes: Mapping[str, int], average: float) -> dict[str, int]:
-    """Bits 1 to 4 for each part, at most `average` over all weights, that make the sum of errors least but for the
-    last bits that fit nowhere. `errors` are those at 2 bits, `sizes` the weights: from 1 bit everywhere, one goes at a
-    time to where it saves most a stored bit, which is best because savings shrink with the bits."""
-    bits = dict.fromkeys(errors, 1)
-    left = sum(sizes.values()) * (average - 1)
-
-    def saved(part: str) -> float:
-        gain = unbiased_error(bits[part]) - unbiased_error(bits[part] + 1)
-        return errors[part] * gain / sizes[part]
-
-    while fitting := [part for part in bits if bits[part] + 1 in NOISE and sizes[part] <= left]:
-        part = max(fitting, key=saved)
-        bits[part] += 1
-        left -= sizes[part]
-    return bits
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
@@ -294,9 +272,7 @@ def main(given: list[str] | None = None) -> None:
         for folder in folders.values():
             judged_world(folder)
         runs = runs_of(folders, args.seeds)
-        wanted = [r for r in runs if any(fnmatch(r.label, glob) for glob in args.only or ["*"])]
-        if not wanted:
-            raise ConfigError(f"--only {' '.join(args.only)} matches no run, such as {runs[0].label}")
+        wanted = selected({run.label: run for run in runs}, args.only)
         rows, repaired = resume_lines(args.out)
         if any("what" not in row for row in rows):
             raise ConfigError(f"{args.out} holds other lines than those of scripts.velocity: choose another file")

@@ -104,14 +104,6 @@ def test_shards_are_all_runs():
     assert quality.shard_of("1/1", runs) == runs
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("pipelines")
-    for world in ("shapes", "glyphs"):
-        tiny_pipeline(world).save_pretrained(base / world)
-    return base
-
-
 @pytest.fixture
 def measure(folders, tmp_path):
     """Run the measurement on both tiny models; gives the lines of the file."""

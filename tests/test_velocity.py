@@ -12,17 +12,8 @@ from orbitdit.lines import read_lines
 from orbitdit.shapes.pipeline import initial_noise, predict
 from orbitdit.shapes.prompts import benchmark, tokenize
 from scripts import velocity, velocity_page
-from scripts.variants import VARIANTS
-from scripts.velocity import Run, Subject, allocated, groups_of, noisy
-from tiny import tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("pipelines")
-    for world in ("shapes", "glyphs"):
-        tiny_pipeline(world).save_pretrained(base / world)
-    return base
+from scripts.variants import VARIANTS, allocated
+from scripts.velocity import NOISE, Run, Subject, groups_of, noisy
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +99,17 @@ def test_noise_is_as_large_as_said_and_goes(subject):
 @pytest.mark.parametrize("average", [1.0, 2.0, 2.6])
 def test_bits_are_allocated_as_an_exhaustive_search_does(average):
     errors = {"a": 3.0, "b": 0.001, "c": 0.5, "d": 1.0, "e": 0.0}
-    found = allocated(errors, dict.fromkeys(errors, 7), average)
+    found = allocated(errors, dict.fromkeys(errors, 7), average, NOISE)
 
     def total(bits):
-        return sum(error * velocity.unbiased_error(b) for error, b in zip(errors.values(), bits, strict=True))
+        return sum(error * NOISE[b] for error, b in zip(errors.values(), bits, strict=True))
 
     every = [bits for bits in product((1, 2, 3, 4), repeat=5) if sum(bits) <= 5 * average]
     assert total(found.values()) == pytest.approx(min(map(total, every)))
 
 
 def test_the_smaller_of_two_equal_errors_gets_more():
-    assert allocated({"a": 1.0, "b": 1.0}, {"a": 100, "b": 10}, 1.3) == {"a": 1, "b": 4}
+    assert allocated({"a": 1.0, "b": 1.0}, {"a": 100, "b": 10}, 1.3, NOISE) == {"a": 1, "b": 4}
 
 
 def run(out, folders, *given):

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of both worlds: the classes and shapes of the trained models, in milliseconds."""
+"""Tiny random pipelines of both worlds, a FLUX and an SD3 transformer shaped as trained ones, in milliseconds."""
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, SD3Transformer2DModel

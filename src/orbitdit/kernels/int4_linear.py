@@ -46,7 +46,15 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -
         plan = _plan(dim, x.dtype == torch.float16, n % TILE == 0, x.device.index)
     if plan is None:
         return reference.int4_linear(x, codes, scales, bias)
-    return launch(plan, x, codes, scales, bias)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    scales = scales if scales.dtype == torch.bfloat16 else scales.to(torch.bfloat16)
+    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    read = [readable(t) for t in (x, codes, scales)]
+    bias_at = 0 if bias is None else bias.data_ptr()
+    pointers = *(t.data_ptr() for t in read), bias_at, y.data_ptr()
+    blocks = min(plan.resident, -(-n // TILE))
+    plan.kernel.launch(blocks, plan.shape.threads, plan.shared, *pointers, rows, n)
+    return y
 
 
 class Plan(NamedTuple):
@@ -58,34 +66,18 @@ class Plan(NamedTuple):
     resident: int
 
 
-def launch(plan: Plan, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """`int4_linear` of 1 to 8 rows of x."""
-    dim, n = x.shape[-1], codes.shape[0]
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    scales = scales if scales.dtype == torch.bfloat16 else scales.to(torch.bfloat16)
-    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
-    read = [readable(t) for t in (x, codes, scales)]
-    blocks = min(plan.resident, -(-n // TILE))
-    bias_at = 0 if bias is None else bias.data_ptr()
-    pointers = *(t.data_ptr() for t in read), bias_at, y.data_ptr()
-    plan.kernel.launch(blocks, plan.shape.threads, plan.shared, *pointers, x.numel() // dim, n)
-    return y
-
-
-def build(shape: Shape, dim: int, half: bool, device: int) -> Plan:
-    """The kernel for inputs of `dim` numbers, fp16 if `half` or else bf16."""
+@cache
+def _plan(dim: int, half: bool, whole_tiles: bool, device: int) -> Plan | None:
+    """What to launch for `dim` inputs, fp16 if `half` or else bf16; None if a block lacks the memory or the
+    registers."""
+    bulk = whole_tiles and dim % 32 == 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+    shape = shape_for(dim, bulk, shared_limit(device))
+    if shape is None:
+        return None
     defines = (("DIM", dim), ("HALF", int(half)), *((name.upper(), int(v)) for name, v in shape._asdict().items()))
     built = kernel("int4_linear.cu", "int4_linear", defines, "PPPPPii", device)
     shared = shape.shared_bytes(dim)
     return Plan(built, shape, shared, processors(device) * max(1, built.blocks_per_processor(shape.threads, shared)))
-
-
-@cache
-def _plan(dim: int, half: bool, whole_tiles: bool, device: int) -> Plan | None:
-    """What to launch for `dim` inputs; None if a block lacks the memory or the registers."""
-    bulk = whole_tiles and dim % 32 == 0 and torch.cuda.get_device_capability(device) >= (9, 0)
-    shape = shape_for(dim, bulk, shared_limit(device))
-    return None if shape is None else build(shape, dim, half, device)
 
 
 def shape_for(dim: int, bulk: bool, shared: int) -> Shape | None:

@@ -103,10 +103,9 @@ def predict(transformer: Transformer, x: Tensor, sigma: Tensor, words: Tensor, p
     pictures, and PixArt no pooled text.
     """
     text = {"encoder_hidden_states": words, "return_dict": False}
-    if isinstance(transformer, PixArtTransformer2DModel):
-        return _tokens(transformer(_pictures(x), timestep=1000 * sigma, **text)[0])
-    text["pooled_projections"] = pooled
-    if isinstance(transformer, SD3Transformer2DModel):
+    if not isinstance(transformer, PixArtTransformer2DModel):
+        text["pooled_projections"] = pooled
+    if not isinstance(transformer, FluxTransformer2DModel):
         return _tokens(transformer(_pictures(x), timestep=1000 * sigma, **text)[0])
     picture_ids, text_ids = position_ids(x.device)
     return transformer(x, timestep=sigma, img_ids=picture_ids, txt_ids=text_ids, **text)[0]
