@@ -2,7 +2,8 @@
 
 A run is (model, method, bits, seed of the rotation): the fixed benchmark of the model's world, each picture from the
 noise of its own number, the same for all. One JSON line a run, written at once; a run whose line is in the file is not
-made again, so that the same command goes on after a stop. The most telling runs come first (see `runs_of`).
+made again, so that the same command goes on after a stop. The most telling runs come first (see `runs_of`). With
+--variants the runs are those of `scripts.variants`, which go to a file of their own.
 
 The calibrated methods see other prompts and other noise than the benchmark's; the calibration is made when it is first
 needed. Weights are quantized on the device, and fake-quantized layers compute in bf16 on a GPU.
@@ -35,19 +36,29 @@ from orbitdit.metrics import psnr
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import CATEGORIES, benchmark
 from orbitdit.shapes.worlds import World
+from scripts.variants import VARIANTS, quantize_variant_
 
 R = TypeVar("R")
 FULL = "full"
 BITS = ("W2A4", "W3A3", "W4A4", "W2A3", "W4A6")
 """In the order in which they are measured."""
 SEEDS = (0, 1, 2)
-OURS: dict[str, tuple[dict[str, Any], str]] = {"orbitdit": ({}, "auto"), "paper": ({"recipe": "paper"}, "exact")}
+OURS: dict[str, tuple[dict[str, Any], str]] = {
+    "orbitdit": ({}, "auto"),
+    "orbitdit-rows": ({"scale": "unbiased-rows"}, "auto"),
+    "paper": ({"recipe": "paper"}, "exact"),
+}
 """Methods of this package: what OrbitQuantConfig takes beside bits and seed, and the number grid: as anybody gets it,
 but the paper's recipe in the paper's arithmetic."""
-TITLES = {FULL: "full precision", "orbitdit": "orbitdit", "paper": "OrbitQuant, the paper's recipe"} | {
-    name: method.title for name, method in METHODS.items()
-}
+TITLES = {
+    FULL: "full precision",
+    "orbitdit": "orbitdit",
+    "orbitdit-rows": "orbitdit, unbiased for rows alone",
+    "paper": "OrbitQuant, the paper's recipe",
+} | {name: method.title for name, method in METHODS.items()}
 CALIBRATION_PROMPTS, CALIBRATION_PROMPT_SEED, CALIBRATION_NOISE = 120, 1, 1_000_000
+UNPROMPTED = 12
+"""Pictures without a prompt that some variants look at."""
 """Prompts of the calibration (fewer when the benchmark has), and what tells them and their noise from its own."""
 STEPS = 12
 
@@ -66,15 +77,19 @@ class Run(NamedTuple):
         return f"{self.model}/{self.method}/{self.bits or '-'}/{self.seed}"
 
 
-def runs_of(models: Iterable[str]) -> list[Run]:
-    """All runs, the most telling first: full precision; then seed 0 of every method, setting by setting in the order of
-    BITS; then the other seeds of the methods that have a rotation."""
+def runs_of(models: Iterable[str], variants: bool = False) -> list[Run]:
+    """All runs, the most telling first: full precision; then seed 0 of every method (or variant), setting by setting in
+    the order of BITS; then the other seeds of those that have a rotation."""
     models = list(models)
     seeds = dict.fromkeys(OURS, SEEDS) | {name: method.seeds for name, method in METHODS.items()}
+    if variants:
+        seeds = dict.fromkeys(VARIANTS, SEEDS)
     found = [Run(model, FULL, "", 0) for model in models]
     for seed in SEEDS:
         for bits in BITS:
-            found += [Run(m, name, bits, seed) for name, own in seeds.items() if seed in own for m in models]
+            chosen = [name for name, own in seeds.items() if seed in own]
+            chosen = [name for name in chosen if name not in VARIANTS or bits in VARIANTS[name].bits]
+            found += [Run(m, name, bits, seed) for name in chosen for m in models]
     return found
 
 
@@ -99,21 +114,25 @@ class Subject:
         }
         self.judge = judge_for(self.pipeline, self.prompts)
         self.full, self.seconds = self.pictures()
-        self.statistics: dict[str, dict[str, baselines.Statistics]] | None = None
+        self.statistics: dict[bool, dict[str, dict[str, baselines.Statistics]]] = {}
 
     def pictures(self):
         """Pictures of the benchmark by the pipeline as it is, and the seconds they took."""
         return generate(self.pipeline, self.prompts, 0, num_inference_steps=self.steps)
 
-    def calibration(self, component: str) -> Mapping[str, baselines.Statistics]:
-        """The calibration of `component`, made when it is first asked for."""
-        if self.statistics is None:
+    def calibration(self, component: str, prompted: bool = True) -> Mapping[str, baselines.Statistics]:
+        """The calibration of `component` on prompts, or on a few empty ones, made when it is first asked for."""
+        if prompted not in self.statistics:
             number = min(CALIBRATION_PROMPTS, len(self.prompts))
             texts = [p.text for p in benchmark(number // len(CATEGORIES), CALIBRATION_PROMPT_SEED, self.world)]
-            self.statistics = baselines.calibrate(
-                self.pipeline, list(self.originals), texts, self.steps, CALIBRATION_NOISE
+            self.statistics[prompted] = baselines.calibrate(
+                self.pipeline,
+                list(self.originals),
+                texts if prompted else [""] * UNPROMPTED,
+                self.steps,
+                CALIBRATION_NOISE,
             )
-        return self.statistics[component]
+        return self.statistics[prompted][component]
 
     def measure(self, run: Run) -> dict[str, Any]:
         """What is to be recorded of `run`."""
@@ -121,8 +140,8 @@ class Subject:
             pictures, seconds, took = self.full, self.seconds, 0.0
             stored: dict[str, Any] = {"effective_bits": 16.0, "layer_bytes": None}
         else:
-            for component in self.originals if run.method in METHODS else ():
-                self.calibration(component)
+            for component in self.originals if is_calibrated(run.method) else ():
+                self.calibration(component, run.method in METHODS)
             started = time.perf_counter()
             models = {component: copy.deepcopy(original) for component, original in self.originals.items()}
             for component, model in models.items():
@@ -149,10 +168,18 @@ class Subject:
     def quantize(self, run: Run, component: str, model: nn.Module) -> None:
         if run.method in METHODS:
             baselines.quantize_(model, run.method, run.bits.lower(), self.calibration(component), run.seed)
+        elif run.method in VARIANTS:
+            known = self.calibration(component, prompted=False) if is_calibrated(run.method) else None
+            quantize_variant_(model, run.method, run.bits.lower(), run.seed, known)
         else:
             options, grid = OURS[run.method]
             quantize_(model, OrbitQuantConfig(run.bits.lower(), seed=run.seed, **options), progress=False)
             set_grid_(model, grid)
+
+
+def is_calibrated(method: str) -> bool:
+    """Whether a pass over the model in full precision must precede it."""
+    return method in METHODS or (method in VARIANTS and VARIANTS[method].looks)
 
 
 def environment(device: str, commit: str | None) -> dict[str, Any]:
@@ -239,6 +266,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS", help="stop before it passes")
     parser.add_argument("--per-category", type=int, default=200, help="prompts of each of the six categories")
     parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps")
+    parser.add_argument("--variants", action="store_true", help="what was tried beyond, instead of the methods")
     parser.add_argument("--commit", help="what to record where the checkout has no git directory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     return parser.parse_args(given)
@@ -248,13 +276,15 @@ def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     try:
         folders = models_of(args.model or ["embedded"])
-        chosen = selected({run.name: run for run in runs_of(folders)}, args.only)
+        chosen = selected({run.name: run for run in runs_of(folders, args.variants)}, args.only)
         for model in dict.fromkeys(r.model for r in chosen):
             judged_world(folders[model])
         wanted = shard_of(args.shard, chosen)
         rows, repaired = resume_lines(args.out)
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"quality: {error}")
+    if args.variants:
+        torch.set_float32_matmul_precision("high")  # the points of e4m3 are exact in TF32
     if repaired:
         print(repaired, flush=True)
     alike = [r for r in rows if (r.get("per_category"), r.get("steps")) == (args.per_category, args.steps)]

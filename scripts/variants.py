@@ -1,4 +1,5 @@
-"""What was tried beyond the default recipe, each as a change of one thing: `python -m scripts.velocity`.
+"""What was tried beyond trellis codes and unbiased rows, each as a change of one thing: `python -m scripts.velocity`
+(how the velocity errs), `python -m scripts.quality --variants` (what pictures score).
 
 A variant's layer holds an `OrbitLinear` (its codes, its scales, its bytes) of the weight W' = B W, where B is an
 orthogonal transform of the inputs in front of the recipe's own rotation R, and computes in plain torch
@@ -6,9 +7,10 @@ orthogonal transform of the inputs in front of the recipe's own rotation R, and 
     y_i = n_i * t * <c_W(i), c_A(R B x)> + bias_i
 
 with c_W(i) from R B w_i. Where a picture's mean token is kept apart, x is what is left of a token, and the mean's own
-product is added. All is on the points of e4m3, as `orbitdit` computes on a GPU, but on the CPU: products of points are
-exact, sums in fp32. The variant "base" changes nothing: its codes are those of `quantize_`, its outputs those of the
-layers, up to the order of sums.
+product is added. All is on the points of e4m3, as `orbitdit` computes on a GPU: products of points are
+exact, sums in fp32. The variant "base" changes nothing: its codes are those of `quantize_` with the scale
+"unbiased-rows", its outputs those of the layers, up to the order of sums. "token-constant" has become the default
+recipe, where the constant is in the rows' scales.
 
 All variants store the same bits as the default recipe, or a little less where they are allotted; only those with
 `own_balance` store a factor for each input. They, and those with `own_mean`, are not calibration-free in the strict
@@ -51,10 +53,10 @@ class Codebook(NamedTuple):
     scale: float
 
 
-def codebook_of(dim: int, bits: int) -> Codebook:
-    """The one that `orbitdit` encodes tokens with on a GPU."""
+def codebook_of(dim: int, bits: int, device: torch.device | str = "cpu") -> Codebook:
+    """The one that `orbitdit` encodes tokens with on a GPU, on `device`."""
     found = on_grid(dim, bits, GRID, True)
-    return Codebook(found.values.float(), found.boundaries.float(), found.scale)
+    return Codebook(found.values.float().to(device), found.boundaries.float().to(device), found.scale)
 
 
 Tokens = Callable[[Tensor, Codebook], tuple[Tensor, Tensor | float]]
@@ -185,7 +187,7 @@ class Variant(NamedTuple):
     own_mean: bool = False
     own_balance: bool = False
     allotted: bool = False
-    bits: tuple[str, ...] = ("W2A4", "W3A3")
+    bits: tuple[str, ...] = ("W2A4", "W3A3", "W2A3")
 
     @property
     def looks(self) -> bool:
@@ -194,9 +196,9 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "base": Variant("the default recipe, by the same code"),
+    "base": Variant("trellis codes and unbiased rows"),
     "token-mean": Variant("mean token apart", centred=True),
-    "token-constant": Variant("token scale unbiased on average", unbiased_on_average),
+    "token-constant": Variant("token scale unbiased on average: the default recipe", unbiased_on_average),
     "mean-constant": Variant("mean token apart, scale unbiased on average", unbiased_on_average, centred=True),
     "token-unbiased": Variant("unbiased token scale", unbiased),
     "token-search": Variant("token scale searched, unbiased", searched),
@@ -213,9 +215,17 @@ VARIANTS = {
 class Encoding:
     """What a variant makes of tokens: layers that encode alike share one, which remembers its last input."""
 
-    def __init__(self, variant: Variant, dim: int, bits: int, seed: int, balance: Tensor | None = None):
+    def __init__(
+        self,
+        variant: Variant,
+        dim: int,
+        bits: int,
+        seed: int,
+        balance: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ):
         self.tokens, self.centred, self.balance = variant.tokens, variant.centred, balance
-        self.codebook = codebook_of(dim, bits)
+        self.codebook = codebook_of(dim, bits, device)
         self.before, self.rotation = variant.before(dim, seed), rotation(dim, seed)
         self.last: tuple[Tensor, int] | None = None
         self.parts: list[tuple[Tensor, Tensor]] = []
@@ -299,7 +309,7 @@ def variant_layer(
         balance, encodings, codes = balance_of(statistics), {}, {}
         weight = weight.float() * balance
     width = row.in_features, row.activation_bits
-    encoding = encodings.get(width) or Encoding(variant, *width, seed, balance)
+    encoding = encodings.get(width) or Encoding(variant, *width, seed, balance, weight.device)
     encodings[width] = encoding
     key = row.name, row.weight_bits, row.states, seed, variant.before
     if key not in codes:
@@ -361,7 +371,7 @@ def quantize_variant_(
     if name not in VARIANTS:
         raise ConfigError(f"variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
-    options = {"seed": seed, "trellis_states": states}
+    options = {"seed": seed, "trellis_states": states, "scale": "unbiased-rows"}
     config = OrbitQuantConfig(bits, **options)
     if config.label not in variant.bits:
         raise ConfigError(f"variant {name} is for {' and '.join(variant.bits)}, not for {config.label}")

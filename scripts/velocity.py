@@ -5,7 +5,8 @@ fp32 on the CPU, draws pictures of the benchmark; at some of the steps the quant
 error is |v_q - v|^2 / |v|^2, of both guidance branches (`error`) and of the guided velocity (`guided`), mean over the
 steps. One JSON line each, of three kinds:
 
-- variant: the recipes and what was tried beyond (`scripts.variants`), weights and activations quantized;
+- variant: the paper's recipe and what was tried beyond trellis codes and unbiased rows (`scripts.variants`), with
+  weights and activations quantized;
 - layers: noise of the size of a 2-bit trellis' error on the weights of one kind of layer, or of one block, the rest in
   full precision; with its share of the weights, and, for the inputs of these layers, the share of their energy that a
   picture's mean token holds;
@@ -38,7 +39,7 @@ from orbitdit.evaluate import BATCH, generate
 from orbitdit.integrations.folders import load_pipeline, skeleton, transformers_in
 from orbitdit.lines import append_line, resume_lines
 from orbitdit.shapes.prompts import CATEGORIES, benchmark
-from scripts.quality import CALIBRATION_NOISE, SEEDS, STEPS, environment, judged_world, models_of, selected
+from scripts.quality import CALIBRATION_NOISE, SEEDS, STEPS, UNPROMPTED, environment, judged_world, models_of, selected
 from scripts.variants import TRELLIS_ERRORS, VARIANTS, Codes, allocated, quantize_variant_
 
 BITS = ("W3A3", "W2A4")
@@ -51,8 +52,6 @@ NOISE = {bits: d / (1 - d) for bits, d in {1: 0.272, **TRELLIS_ERRORS}.items()}
 """Squared error over a row's energy, by bits: an unbiased scale makes D / (1 - D) of the error D of 2^12 states on
 normal rows. orbitdit has no code of 1 bit, for which D is an estimate between the bound's 0.25 and a scalar code's
 0.363."""
-UNPROMPTED = 12
-"""Pictures without a prompt that some variants look at."""
 SHARED = ("per_category", "steps", "states")
 
 

@@ -8,7 +8,7 @@ import torch
 
 import oracle
 from orbitdit import ConfigError, lloyd_max
-from orbitdit.codebook import on_grid
+from orbitdit.codebook import kept, on_grid
 
 DIMS = (64, 256, 1536, 1920, 3072, 3840, 12288, 15360)
 PUBLISHED_MSE = {1: 0.36338, 2: 0.11748, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000644}
@@ -70,6 +70,14 @@ def test_no_nearby_codebook_is_better(bits):
             moved = centroids.copy()
             moved[k] *= factor
             assert oracle.mean_squared_error(256, moved, oracle.midpoints(moved)) > best
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dim", [2, 3, 64, 3072])
+def test_what_codes_keep_is_what_the_error_leaves(dim, bits):
+    error = oracle.mean_squared_error(dim, *numpy_codebook(dim, bits))
+    assert kept(dim, bits) == pytest.approx(1 - error, abs=1e-9)
+    assert kept(1, bits) == 1
 
 
 def test_two_bit_centroids_at_unit_variance():

@@ -21,7 +21,7 @@ FULL = OrbitQuantConfig(
 )
 FULL_DICT = {
     "quant_method": "orbitdit",
-    "format_version": 2,
+    "format_version": 3,
     "weight_bits": 2,
     "activation_bits": 16,
     "modulation_bits": 16,
@@ -33,7 +33,7 @@ FULL_DICT = {
 }
 DEFAULT_DICT = {
     "quant_method": "orbitdit",
-    "format_version": 2,
+    "format_version": 3,
     "weight_bits": 4,
     "activation_bits": 4,
     "modulation_bits": 4,
@@ -121,7 +121,7 @@ def test_the_method_has_the_name_that_diffusers_looks_up():
     assert OrbitQuantConfig().quant_method is QuantMethod.ORBITDIT
     assert QuantMethod.ORBITDIT.value == "orbitdit"
     assert QuantMethod.ORBITDIT == "orbitdit"
-    assert FORMAT_VERSION == 2
+    assert FORMAT_VERSION == 3
 
 
 def test_frozen():
@@ -249,7 +249,7 @@ def test_a_format_version_that_is_none_is_damage(version):
     assert "damaged" in message
 
 
-@pytest.mark.parametrize("version", [3, 99])
+@pytest.mark.parametrize("version", [4, 99])
 def test_a_newer_format_asks_for_an_upgrade(version):
     """Before anything else: keys of a newer format are unknown to this one."""
     message = refusal(OrbitQuantConfig.from_dict, {"format_version": version, "brand_new_key": 1, "weight_bits": 1})
@@ -311,8 +311,18 @@ def test_models_of_version_1_are_the_papers():
     config = OrbitQuantConfig.from_dict(VERSION_1_DICT)
     rules = [("*.ff.*", "w3a8")]
     assert config == OrbitQuantConfig("w2a3", "paper", modulation_bits=16, seed=7, rules=rules)
-    assert config.to_dict()["format_version"] == 2
+    assert config.to_dict()["format_version"] == 3
     assert OrbitQuantConfig.from_dict({"format_version": 1}) == OrbitQuantConfig(recipe="paper")
+
+
+def test_models_of_version_2_have_scales_that_are_unbiased_for_rows_alone():
+    rows = OrbitQuantConfig("w3a4", scale="unbiased-rows")
+    older = rows.to_dict() | {"format_version": 2, "scale": "unbiased"}
+    assert OrbitQuantConfig.from_dict(older) == rows
+    del older["scale"]
+    assert OrbitQuantConfig.from_dict(older) == rows
+    paper = OrbitQuantConfig("w3a4", "paper")
+    assert OrbitQuantConfig.from_dict(paper.to_dict() | {"format_version": 2}) == paper
 
 
 @pytest.mark.parametrize(
@@ -320,7 +330,7 @@ def test_models_of_version_1_are_the_papers():
     [
         ({"recipe": "fast"}, "recipe='fast' is not supported; choose one of best, paper"),
         ({"recipe": ""}, "recipe='' is not supported; choose one of best, paper"),
-        ({"scale": "mean"}, "scale='mean' is not supported; choose one of unbiased, norm"),
+        ({"scale": "mean"}, "scale='mean' is not supported; choose one of unbiased, unbiased-rows, norm"),
         ({"codebook": "lattice"}, "codebook='lattice' is not supported; choose one of trellis, scalar"),
         ({"weight_bits": 6, "codebook": "trellis"}, "codebook='trellis' takes weights of 2, 3, 4 bits, not 6"),
         ({"weight_bits": 8, "codebook": "trellis"}, "codebook='trellis' takes weights of 2, 3, 4 bits, not 8"),

@@ -11,6 +11,7 @@ import oracle
 from orbitdit import ConfigError, Int4Linear, OrbitLinear, TensorError, kernels, trellis
 from orbitdit.kernels import E4M3, EXACT, INT8, reference
 from orbitdit.kernels.reference import encode_tokens
+from orbitdit.quantize import token_gain
 
 DIMS = (256, 960, 1536, 1920, 3072)
 SETTINGS = [(4, 4), (3, 3), (2, 4), (2, 3), (4, 6), (4, 16), (2, 16), (8, 8)]
@@ -409,7 +410,8 @@ def test_trellis_layers_multiply_the_points_that_their_codes_name(dim, weight_bi
     own = encode_tokens(x, 4, 1)[0].numpy()
     expected = oracle.rotated_tokens(fp64(x), 4, 1, own) @ weight.T + fp64(linear.bias)
     assert relative(layer(x), expected) < 2e-6
-    assert relative(layer.dequantize(), weight @ oracle.rotation_matrix(dim, 1)) < 1e-6
+    gain = token_gain(dim, 4, "unbiased")
+    assert relative(layer.dequantize() * gain, weight @ oracle.rotation_matrix(dim, 1)) < 1e-6
     assert relative(layer(x.clone().requires_grad_()), expected) < 2e-6
     assert f"W{weight_bits}A4, trellis 2^{states}" in repr(layer)
 

@@ -139,10 +139,10 @@ def test_recipes_reach_the_layers():
         (OrbitQuantConfig("w4a4", seed=3), {"scale": "unbiased"}),
     ):
         layer = quantized(FAMILIES["wan"], config).blocks[0].ffn.net[2]
-        expected = quantize_weight(weight, config.weight_bits, 3, **options)
+        expected = quantize_weight(weight, config.weight_bits, 3, activation_bits=4, **options)
         assert torch.equal(layer.codes, expected.codes)
         assert torch.equal(layer.scales, expected.scales)
-        assert layer.states == options.get("states", 0)
+        assert (layer.states, layer.scale) == (options.get("states", 0), config.scale)
 
 
 def test_the_seed_decides_the_codes():

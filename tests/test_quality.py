@@ -300,8 +300,8 @@ def test_the_page_tells_what_was_tried_beyond(docs):
     text = (docs / "quality.md").read_text()
     start, end = text.index("## What was tried beyond"), text.index("## Why one codebook serves all")
     assert text[:start] + text[end:] == without
-    assert "| the default recipe, by the same code | 1 (0.062) |" in text[start:end]
-    assert "| the default recipe, by the same code | 1 (0.016) |" in text[start:end]
+    assert "| trellis codes and unbiased rows | 1 (0.062) |" in text[start:end]
+    assert "| trellis codes and unbiased rows | 1 (0.016) |" in text[start:end]
 
 
 def test_without_lines_the_page_says_so(tmp_path):

@@ -6,7 +6,14 @@ import torch
 
 import oracle
 from orbitdit import ConfigError, TensorError, trellis
-from orbitdit.quantize import QuantizedWeight, dequantize_int4, dequantize_weight, quantize_int4, quantize_weight
+from orbitdit.quantize import (
+    QuantizedWeight,
+    dequantize_int4,
+    dequantize_weight,
+    quantize_int4,
+    quantize_weight,
+    token_gain,
+)
 
 MSE = {2: 0.117482, 3: 0.0345477, 4: 0.00950098, 6: 0.000644238}
 CASES = [(2, 3), (3, 4), (63, 6), (137, 3), (199, 4), (256, 8), (960, 2), (1536, 4), (1920, 3), (3072, 6)]
@@ -233,7 +240,7 @@ def test_the_unbiased_scale_gives_every_row_its_length_back(bits, states, make):
     weight = make(12, 192).double()
     weight[3] = 0
     energy = weight.square().sum(1)
-    unbiased, norm = (quantize_weight(weight, bits, 1, states=states, scale=scale) for scale in ("unbiased", "norm"))
+    unbiased, norm = (quantize_weight(weight, bits, 1, states=states, scale=s) for s in ("unbiased-rows", "norm"))
     assert torch.equal(unbiased.codes, norm.codes)
     assert unbiased.scales.dtype == torch.bfloat16
     kept = (dequantize_weight(unbiased, bits, 192, 1, states).double() * weight).sum(1)
@@ -242,6 +249,26 @@ def test_the_unbiased_scale_gives_every_row_its_length_back(bits, states, make):
     if not states:
         shrunk = (dequantize_weight(norm, bits, 192, 1).double() * weight).sum(1) / energy.where(energy > 0, 1)
         assert shrunk[energy > 0].mean().item() == pytest.approx(1 - MSE.get(bits, 0), abs=0.02)
+
+
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 3), (4, 4), (2, 3), (3, 6), (8, 8)])
+@pytest.mark.parametrize("dim", [1, 8, 192])
+def test_the_unbiased_scale_undoes_the_shrinking_of_tokens_too(dim, bits, activation_bits):
+    """By a constant, which is what `scale` changes beside the rows' own, and what is left out where it is asked for the
+    weight; without codes for tokens there is nothing to undo."""
+    weight = gaussian(400, dim).double()
+    rows, both = (
+        quantize_weight(weight, bits, 1, scale=s, activation_bits=activation_bits)
+        for s in ("unbiased-rows", "unbiased")
+    )
+    gain = token_gain(dim, activation_bits, "unbiased")
+    assert torch.equal(rows.codes, both.codes)
+    torch.testing.assert_close(both.scales.double(), rows.scales.double() * gain, rtol=2**-7, atol=0)
+    assert both.scales.double().mean().item() == pytest.approx(rows.scales.double().mean().item() * gain, rel=5e-4)
+    back = dequantize_weight(both, bits, dim, 1, gain=gain).double()
+    torch.testing.assert_close(back, dequantize_weight(rows, bits, dim, 1).double(), rtol=2**-7, atol=1e-4)
+    assert torch.equal(quantize_weight(weight, bits, 1, scale="unbiased").scales, rows.scales)
+    assert token_gain(dim, activation_bits, "unbiased-rows") == token_gain(dim, 16, "unbiased") == 1
 
 
 @pytest.mark.parametrize(("dim", "bits", "states"), [(137, 2, 8), (96, 3, 8), (64, 4, 10), (1, 2, 8), (63, 2, 12)])
@@ -272,7 +299,7 @@ def test_rows_that_no_trellis_code_fits_keep_their_norm():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": "mean"}, "scale='mean' is not supported; choose one of unbiased, norm"),
+        ({"scale": "mean"}, "scale='mean' is not supported; choose one of unbiased, unbiased-rows, norm"),
         ({"bits": 6, "states": 12}, "a trellis with bits=6"),
         ({"states": 9}, "a trellis with states=9"),
     ],

@@ -1,4 +1,4 @@
-"""What was tried beyond the default recipe: each variant's layer does what it says."""
+"""What was tried beyond trellis codes and unbiased rows: each variant's layer does what it says."""
 
 import math
 import re
@@ -35,7 +35,7 @@ class Blocks(nn.Module):
 
 def layer_and_row(bits="w3a3", **options):
     model = Blocks(**options)
-    row = plan(model, OrbitQuantConfig(bits)).select("quantize")[0]
+    row = plan(model, OrbitQuantConfig(bits, scale="unbiased-rows")).select("quantize")[0]
     return linear_named(model, row.name), row
 
 
@@ -225,7 +225,7 @@ def test_bits_go_where_weights_are_large_and_average_out():
     alike = allotted(Blocks(scales=(1.0,) * 4), rows[:4], 3)
     assert list(alike.values()) == [3, 3, 3, 3]
     default = Blocks(scales=(0.3, 1.0, 1.1, 3.0, 0.9))
-    quantize_(default, OrbitQuantConfig("w3a3"), progress=False)
+    quantize_(default, OrbitQuantConfig("w3a3", scale="unbiased-rows"), progress=False)
     quantize_variant_(model, "allotted", "w3a3")
     coded = [m for m in model.modules() if isinstance(m, OrbitLinear)]
     assert [m.weight_bits for m in coded] == [2, 3, 3, 4, 3]

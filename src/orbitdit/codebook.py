@@ -55,6 +55,17 @@ def codebook_on(dim: int, bits: int, device: torch.device, dtype: torch.dtype) -
     return Codebook(*(t.to(device, dtype) for t in lloyd_max(dim, bits)))
 
 
+@shared
+def kept(dim: int, bits: int) -> float:
+    """<u, q> on average over random unit vectors u and what their codes in `lloyd_max(dim, bits)` stand for, q: 1 - D,
+    if D is the mean of ||u - q||^2."""
+    if dim == 1:
+        return 1.0
+    centroids, boundaries = (t.numpy() for t in lloyd_max(dim, bits))
+    mass, mean = _cells(dim, np.concatenate([[-1.0], boundaries, [1.0]]))
+    return float(dim * (mass * mean * centroids).sum())
+
+
 def nearest(x: Tensor, boundaries: Tensor) -> Tensor:
     """Codes of the nearest centroids, uint8 of the shape of `x`; a value on a boundary takes the lower one."""
     return torch.bucketize(x, boundaries, out_int32=True).to(torch.uint8)

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from orbitdit.errors import ConfigError
 
-FORMAT_VERSION = 2
-"""Version 1 had no scales and codebooks to choose from: its models are those of the paper's recipe."""
+FORMAT_VERSION = 3
+"""Version 1 had no scales and codebooks to choose from: its models are those of the paper's recipe. What was
+"unbiased" in version 2 is "unbiased-rows"."""
 WEIGHT_BITS = (2, 3, 4, 6, 8)
 ACTIVATION_BITS = (3, 4, 6, 8, 16)
 ACTIONS = ("quantize", "int4", "keep")
-SCALES = ("unbiased", "norm")
+SCALES = ("unbiased", "unbiased-rows", "norm")
 CODEBOOKS = ("trellis", "scalar")
 TRELLIS_BITS = (2, 3, 4)
 TRELLIS_STATES = (8, 10, 12)
@@ -68,7 +69,8 @@ class OrbitQuantConfig:
         weight_bits: 2, 3, 4, 6 or 8 bits a weight code.
         activation_bits: 3, 4, 6 or 8 bits an activation code; 16 leaves the activations unquantized.
         modulation_bits: 4 stores AdaLN modulation layers as INT4 in groups of 64; 16 leaves them alone.
-        scale: of a weight row; "norm" is the paper's, "unbiased" undoes the shrinking of codes (see `quantize`).
+        scale: of a weight row; "norm" is the paper's, "unbiased" undoes the shrinking of codes, the weights' and the
+            tokens', and "unbiased-rows" only the weights' (see `quantize`).
         trellis_bits: the bits (2, 3, 4) at which weights are trellis codes (see `trellis`), not scalar ones, in layers
             with bits from a rule too; the paper's recipe has none, the best one 2 and 3.
         trellis_states: L, for trellises of 2^L states: 8, 10 or 12. More states, less error, longer quantizing.
@@ -147,7 +149,7 @@ class OrbitQuantConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OrbitQuantConfig":
-        """Inverse of `to_dict`; what is missing takes its default, in version 1 that of the paper's recipe.
+        """Inverse of `to_dict`; what is missing takes its default, in older versions what they did.
 
         Raises ConfigError for unknown keys, another method or a newer format version.
         """
@@ -162,6 +164,8 @@ class OrbitQuantConfig:
             raise ConfigError(f"format_version={version} is newer than this orbitdit reads: upgrade orbitdit")
         if version == 1:
             values = RECIPES["paper"]._asdict() | values
+        elif version == 2 and values.get("scale", "unbiased") == "unbiased":
+            values["scale"] = "unbiased-rows"
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(map(str, set(values) - set(known)))
         if unknown:

@@ -14,6 +14,7 @@ the device that runs the layer, and no part of a checkpoint.
 
 import threading
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from orbitdit.quantize import (
     dequantize_weight,
     quantize_int4,
     quantize_weight,
+    token_gain,
 )
 
 
@@ -179,7 +181,8 @@ def _empty(rows: int, dim: int, bits: int, scales: tuple[int, ...], device) -> Q
 class OrbitLinear(_PackedLinear):
     """A linear layer with `weight_bits` codes and one bf16 scale a row, on activations of `activation_bits`.
 
-    The codes are those of a trellis of 2^`states` states (see `trellis`), or scalar ones if `states` is 0.
+    The codes are those of a trellis of 2^`states` states (see `trellis`), or scalar ones if `states` is 0. `scale` says
+    what the scales hold (see `quantize`).
 
     Made by `from_linear`, or empty (to load a state dict into) by the constructor. `forward` takes (..., in) in fp32,
     bf16 or fp16 and gives (..., out) in the same dtype; it raises TensorError for other inputs. bf16 and fp16 run
@@ -196,6 +199,7 @@ class OrbitLinear(_PackedLinear):
         weight_bits: int,
         activation_bits: int,
         states: int = 0,
+        scale: str = "norm",
         seed: int = 0,
         quantized: QuantizedWeight | None = None,
         device: torch.device | str | None = None,
@@ -207,7 +211,8 @@ class OrbitLinear(_PackedLinear):
             trellis.check(weight_bits, states)
         quantized = quantized or _empty(out_features, in_features, weight_bits, (out_features,), device)
         super().__init__(in_features, out_features, bias, quantized)
-        self.weight_bits, self.activation_bits, self.states, self.seed = weight_bits, activation_bits, states, seed
+        self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed
+        self.states, self.scale = states, scale
         self.fits = kernels.fits((in_features, out_features), (weight_bits, activation_bits))
         self.grid: int | None = None
         self.resident = False
@@ -230,16 +235,10 @@ class OrbitLinear(_PackedLinear):
         scale: str = "norm",
     ) -> "OrbitLinear":
         """Quantize `linear`, on its device; its bias is shared. Arguments and errors are those of `quantize_weight`."""
-        return cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias,
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            states=states,
-            seed=seed,
-            quantized=quantize_weight(linear.weight, weight_bits, seed, name, states=states, scale=scale),
-        )
+        coding: Any = {"activation_bits": activation_bits, "states": states, "scale": scale}
+        quantized = quantize_weight(linear.weight, weight_bits, seed, name, **coding)
+        size = linear.in_features, linear.out_features, linear.bias
+        return cls(*size, weight_bits=weight_bits, seed=seed, quantized=quantized, **coding)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
@@ -287,7 +286,8 @@ class OrbitLinear(_PackedLinear):
 
     def dequantize(self) -> Tensor:
         packed = QuantizedWeight(self.codes, self.scales)
-        return dequantize_weight(packed, self.weight_bits, self.in_features, self.seed, self.states)
+        gain = token_gain(self.in_features, self.activation_bits, self.scale)
+        return dequantize_weight(packed, self.weight_bits, self.in_features, self.seed, self.states, gain)
 
     def extra_repr(self) -> str:
         codes = f", trellis 2^{self.states}" if self.states else ""

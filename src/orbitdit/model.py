@@ -158,6 +158,7 @@ def empty_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | I
         weight_bits=row.weight_bits,
         activation_bits=row.activation_bits,
         states=row.states,
+        scale=row.scale,
         seed=seed,
         device=device,
     )

@@ -2,9 +2,12 @@
 
 Each row w_i is rotated, w'_i = R w_i, and divided by its norm n_i = ||w'_i||. Its codes are then the nearest centroids
 (the paper's), or those of a trellis (see `trellis`), and stand for a row w^'_i. What is stored as the row's scale, in
-bf16, is n_i ("norm", the paper's) or n_i * ||w'_i||^2 / <w'_i, w^'_i> ("unbiased"). Codes of least squared error shrink
-what they stand for, by 12% at 2 bits; the unbiased scale, that of EDEN (Vargaftik et al., arXiv 2108.08842), undoes it:
-w_i times what its codes stand for is ||w_i||^2 again.
+bf16, is n_i ("norm", the paper's) or n_i * ||w'_i||^2 / <w'_i, w^'_i> ("unbiased-rows"). Codes of least squared error
+shrink what they stand for, by 12% at 2 bits; the unbiased scale, that of EDEN (Vargaftik et al., arXiv 2108.08842),
+undoes it: w_i times what its codes stand for is ||w_i||^2 again.
+
+A layer's tokens are coded too, and shrink likewise, by 3.5% at 3 bits. By how much hardly differs from token to token,
+so a constant undoes that: with "unbiased" the rows' scales carry it (`token_gain`), and layers compute as before.
 
 `quantize_int4` is for the modulation layers: symmetric round-to-nearest in groups of 64 inputs with scale = absmax / 7.
 
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from orbitdit import trellis
-from orbitdit.codebook import codebook_on, look_up, nearest, on_grid
+from orbitdit.codebook import codebook_on, kept, look_up, nearest, on_grid
 from orbitdit.config import SCALES
 from orbitdit.errors import ConfigError, TensorError
 from orbitdit.packing import GROUP, pack, packed_width, unpack
@@ -45,10 +48,17 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
 
 
 def quantize_weight(
-    weight: Tensor, bits: int, seed: int = 0, name: str = "weight", *, states: int = 0, scale: str = "norm"
+    weight: Tensor,
+    bits: int,
+    seed: int = 0,
+    name: str = "weight",
+    *,
+    states: int = 0,
+    scale: str = "norm",
+    activation_bits: int = 16,
 ) -> QuantizedWeight:
     """Codes and row scales of `weight` (rows, dim), on its device: scalar ones at 2, 3, 4, 6 or 8 bits, or trellis ones
-    with 2**`states` states (see `trellis`).
+    with 2**`states` states (see `trellis`). The scale "unbiased" takes account of tokens of `activation_bits`.
 
     A row of zeros gets scale zero. Raises TensorError for weights that `check_weight` refuses, ConfigError for other
     bits, states and scales; `name` is used in messages.
@@ -60,25 +70,33 @@ def quantize_weight(
     packed_width(dim, bits)
     points, step = weight_points(dim, bits, states, weight.device, torch.float64)
     boundaries = codebook_on(dim, bits, weight.device, torch.float64).boundaries
+    gain = token_gain(dim, activation_bits, scale)
 
     def encode(block: Tensor) -> QuantizedWeight:
         rotated = rotation(dim, seed).apply(block.double())
         norm = rotated.norm(dim=1)
         unit = rotated / norm.where(norm > 0, 1)[:, None]
         codes = trellis.encode((unit * dim**0.5).float(), bits, states) if states else nearest(unit, boundaries)
-        if scale == "unbiased":
+        if scale != "norm":
             projection = (unit * look_up(indices(codes, bits, states), points)).sum(1) * step
-            norm = norm * (unit.square().sum(1) / projection).where(projection > 0, 1)
+            norm = norm * (unit.square().sum(1) / projection).where(projection > 0, 1) * gain
         return QuantizedWeight(pack(codes, bits), norm.to(torch.bfloat16))
 
     return _by_rows(encode, weight)
 
 
-def dequantize_weight(quantized: QuantizedWeight, bits: int, dim: int, seed: int = 0, states: int = 0) -> Tensor:
-    """The weight (rows, dim) in fp32 that the codes stand for, rotated back."""
+def token_gain(dim: int, activation_bits: int, scale: str) -> float:
+    """The factor in rows' scales that undoes the shrinking of tokens of width `dim`: 1 but for `scale` "unbiased"."""
+    return 1 / kept(dim, activation_bits) if scale == "unbiased" and activation_bits < 16 else 1.0
+
+
+def dequantize_weight(
+    quantized: QuantizedWeight, bits: int, dim: int, seed: int = 0, states: int = 0, gain: float = 1.0
+) -> Tensor:
+    """The weight (rows, dim) in fp32 that the codes stand for, rotated back; `gain` is `token_gain`'s."""
     points, step = weight_points(dim, bits, states, quantized.codes.device, torch.float32)
     rows = look_up(indices(unpack(quantized.codes, bits, dim), bits, states), points)
-    rotated = rows * (quantized.scales.float() * step)[:, None]
+    rotated = rows * (quantized.scales.float() * (step / gain))[:, None]
     return rotation(dim, seed).inverse(rotated)
 
 
