@@ -44,9 +44,9 @@ def unchanged(model: nn.Module) -> None:
     """bf16."""
 
 
-def ours(bits: str) -> Callable[[nn.Module], None]:
+def ours(bits: str, **options: Any) -> Callable[[nn.Module], None]:
     def prepare(model: nn.Module) -> None:
-        quantize_(model, OrbitQuantConfig(bits), progress=False)
+        quantize_(model, OrbitQuantConfig(bits, **options), progress=False)
 
     return prepare
 
@@ -76,6 +76,8 @@ PROVIDERS = {
     "torchao float8 compiled": Provider(torchao_float8, 0.3, "e4m3", compiled=True),
     "W4A4": Provider(ours("w4a4"), 0.6, "e4m3", compiled=False),
     "W2A4 trellis compiled": Provider(ours("w2a4"), 1.0, "e4m3", compiled=True),
+    "W2A4 trellis 2^10": Provider(ours("w2a4", trellis_states=10), 1.0, "e4m3", compiled=False),
+    "W2A4 trellis 2^8": Provider(ours("w2a4", trellis_states=8), 1.0, "e4m3", compiled=False),
     "orbitquant W4A4": Provider(orbitquant, 0.6, "int8", compiled=False),
 }
 """In the order of what must be known first."""

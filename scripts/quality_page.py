@@ -16,6 +16,7 @@ from benchmarks.report import distinct, spread, table
 from orbitdit.lines import read_lines
 from orbitdit.shapes.prompts import CATEGORIES
 from scripts.quality import BITS, FULL, TITLES
+from scripts.variants import VARIANTS
 from scripts.velocity_page import section
 
 ROOT = Path(__file__).parent.parent
@@ -48,9 +49,9 @@ method. orbitdit runs on the number grid that its device takes by default, the p
 the paper."""
 
 
-def read(folder: Path) -> tuple[list[Row], list[Row], list[Row]]:
-    """The lines of the table that count and those of the mechanism, in the order in which they first appear, and all
-    lines of the velocity."""
+def read(folder: Path) -> tuple[list[Row], list[Row], list[Row], list[Row]]:
+    """The lines of the table that count, those of variants and those of the mechanism, in the order in which they first
+    appear, and all lines of the velocity."""
     runs: dict[tuple, Row] = {}
     watched: dict[tuple, Row] = {}
     velocities: list[Row] = []
@@ -64,7 +65,8 @@ def read(folder: Path) -> tuple[list[Row], list[Row], list[Row]]:
                 key = (row["model"], row["method"], row["bits"], row["seed"])
                 if row["status"] == "ok" or key not in runs:
                     runs[key] = row
-    return list(runs.values()), list(watched.values()), velocities
+    tried = [row for row in runs.values() if row["method"] in VARIANTS]
+    return [row for row in runs.values() if row not in tried], tried, list(watched.values()), velocities
 
 
 def model_section(model: str, rows: list[Row]) -> str:
@@ -248,7 +250,7 @@ def readme_table() -> str:
 
 def pages(folder: Path) -> dict[str, str]:
     """Every generated file by its name relative to docs/: the page and its figures."""
-    runs, watched, velocities = read(folder)
+    runs, tried, watched, velocities = read(folder)
     parts = [HEAD.strip()]
     if runs:
         targets = ", ".join(f"{bits} {share:.2f}" for bits, share in TARGETS.items())
@@ -256,7 +258,7 @@ def pages(folder: Path) -> dict[str, str]:
         parts += [model_section(m, [r for r in runs if r["model"] == m]) for m in distinct(r["model"] for r in runs)]
     else:
         parts.append(NOTHING)
-    parts += [section(velocities)] if velocities else []
+    parts += [section(velocities, tried, runs)] if velocities else []
     models = {m: [r for r in watched if r["model"] == m] for m in distinct(r["model"] for r in watched)}
     if models:
         parts.append(mechanism_section(models))
