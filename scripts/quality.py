@@ -57,9 +57,9 @@ TITLES = {
     "paper": "OrbitQuant, the paper's recipe",
 } | {name: method.title for name, method in METHODS.items()}
 CALIBRATION_PROMPTS, CALIBRATION_PROMPT_SEED, CALIBRATION_NOISE = 120, 1, 1_000_000
+"""Prompts of the calibration (fewer when the benchmark has), and what tells them and their noise from its own."""
 UNPROMPTED = 12
 """Pictures without a prompt that some variants look at."""
-"""Prompts of the calibration (fewer when the benchmark has), and what tells them and their noise from its own."""
 STEPS = 12
 
 
@@ -78,13 +78,13 @@ class Run(NamedTuple):
 
 
 def runs_of(models: Iterable[str], variants: bool = False) -> list[Run]:
-    """All runs, the most telling first: full precision; then seed 0 of every method (or variant), setting by setting in
-    the order of BITS; then the other seeds of those that have a rotation."""
+    """All runs, the most telling first: full precision; then seed 0 of every method, setting by setting in the order of
+    BITS; then the other seeds of those that have a rotation. With `variants` those instead, without full precision."""
     models = list(models)
     seeds = dict.fromkeys(OURS, SEEDS) | {name: method.seeds for name, method in METHODS.items()}
     if variants:
         seeds = dict.fromkeys(VARIANTS, SEEDS)
-    found = [Run(model, FULL, "", 0) for model in models]
+    found = [] if variants else [Run(model, FULL, "", 0) for model in models]
     for seed in SEEDS:
         for bits in BITS:
             chosen = [name for name, own in seeds.items() if seed in own]
@@ -284,7 +284,9 @@ def main(given: list[str] | None = None) -> None:
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"quality: {error}")
     if args.variants:
-        torch.set_float32_matmul_precision("high")  # the points of e4m3 are exact in TF32
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32: exact for the points of e4m3, 11 bits where tokens are rotated
     if repaired:
         print(repaired, flush=True)
     alike = [r for r in rows if (r.get("per_category"), r.get("steps")) == (args.per_category, args.steps)]

@@ -65,8 +65,8 @@ def read(folder: Path) -> tuple[list[Row], list[Row], list[Row], list[Row]]:
                 key = (row["model"], row["method"], row["bits"], row["seed"])
                 if row["status"] == "ok" or key not in runs:
                     runs[key] = row
-    tried = [row for row in runs.values() if row["method"] in VARIANTS]
-    return [row for row in runs.values() if row not in tried], tried, list(watched.values()), velocities
+    table_of, tried = ([r for r in runs.values() if (r["method"] in VARIANTS) == wanted] for wanted in (False, True))
+    return table_of, tried, list(watched.values()), velocities
 
 
 def model_section(model: str, rows: list[Row]) -> str:

@@ -175,9 +175,9 @@ def allocated(
 
 
 class Variant(NamedTuple):
-    """How a variant differs from the default recipe. `bits`: the settings that it is measured at. `before` makes the
-    transform of (dim, seed); `centred`: each picture's mean token is taken off before encoding and multiplied in 8
-    bits; `own_mean`: the weights' error on the mean of unprompted pictures' activations is taken off the bias;
+    """How a variant differs from trellis codes and unbiased rows. `bits`: the settings that it is measured at. `before`
+    makes the transform of (dim, seed); `centred`: each picture's mean token is taken off before encoding and multiplied
+    in 8 bits; `own_mean`: the weights' error on the mean of unprompted pictures' activations is taken off the bias;
     `own_balance`: see `balance_of`; `allotted`: see `allotted`."""
 
     title: str

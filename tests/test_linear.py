@@ -433,6 +433,24 @@ def test_trellis_layers_are_the_same_on_every_grid(states, dtype):
             assert off < base + 0.004
 
 
+@pytest.mark.parametrize(("weight_bits", "states"), [(2, 12), (4, 0)])
+@pytest.mark.parametrize(("scale", "kept"), [("unbiased", 1), ("unbiased-rows", 1 - 0.0345)])
+def test_what_unbiased_layers_keep(weight_bits, states, scale, kept):
+    """Of the product <y, x w> over <x w, x w>: all, or what tokens of 3 bits keep; the weight alone keeps all."""
+    linear, x = plain_linear(512, rows=256, seed=1), tokens(256, 512, outliers=False)
+    linear.bias = None
+    layer = OrbitLinear.from_linear(linear, weight_bits, 3, 1, states=states, scale=scale)
+    product = linear(x).detach()
+    assert float((layer(x) * product).sum() / product.square().sum()) == pytest.approx(kept, abs=0.005)
+    weight = linear.weight.detach()
+    assert float((layer.dequantize() * weight).sum() / weight.square().sum()) == pytest.approx(1, abs=0.002)
+
+
+def test_layers_with_unknown_scales_are_refused():
+    with pytest.raises(ConfigError, match="scale='mean' is not supported"):
+        OrbitLinear(64, 16, weight_bits=4, activation_bits=4, scale="mean")
+
+
 def test_layers_with_trellises_that_do_not_exist_are_refused():
     for bits, states in ((6, 12), (2, 9)):
         with pytest.raises(ConfigError, match="trellis"):

@@ -1,6 +1,7 @@
 """quantize_, dequantize_ and plan on tiny models of the four families, and what they refuse."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from orbitdit import (
     quantize_,
 )
 from orbitdit.config import QuantMethod
-from orbitdit.quantize import quantize_weight
+from orbitdit.quantize import quantize_weight, token_gain
 
 W4A4 = OrbitQuantConfig("w4a4")
 LIMITS = {
@@ -142,7 +143,7 @@ def test_recipes_reach_the_layers():
         expected = quantize_weight(weight, config.weight_bits, 3, activation_bits=4, **options)
         assert torch.equal(layer.codes, expected.codes)
         assert torch.equal(layer.scales, expected.scales)
-        assert (layer.states, layer.scale) == (options.get("states", 0), config.scale)
+        assert (layer.states, layer.gain) == (options.get("states", 0), token_gain(weight.shape[1], 4, config.scale))
 
 
 def test_the_seed_decides_the_codes():
@@ -343,7 +344,21 @@ def test_a_model_quantized_in_memory_can_be_saved_and_loaded(tmp_path):
     aligned = copy.deepcopy(loaded).eval()  # MKL rounds differently where a mapped file puts tensors
     assert torch.equal(family.run(aligned), family.run(model))
     assert type(dequantize_(loaded).layers[0].feed_forward.w2) is nn.Linear
+    assert_same_state(loaded, dequantize_(model).state_dict())
     assert loaded.hf_quantizer is None
+
+
+def test_a_model_of_version_2_stays_what_it_was(tmp_path):
+    """Its "unbiased" scales are those of rows alone, on the way in and out."""
+    family = FAMILIES["wan"]
+    model = quantized(family, OrbitQuantConfig("w4a3", scale="unbiased-rows"))
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["quantization_config"] |= {"format_version": 2, "scale": "unbiased"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    loaded = family.cls.from_pretrained(tmp_path)
+    assert loaded.config.quantization_config == model.config.quantization_config
+    assert_same_state(dequantize_(loaded), dequantize_(model).state_dict())
 
 
 def test_plain_torch_models_work_too():

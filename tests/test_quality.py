@@ -20,6 +20,7 @@ from orbitdit.metrics import ssim
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import CATEGORIES
 from scripts import mechanism, quality, quality_page
+from scripts.variants import VARIANTS
 from tiny import tiny_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -91,9 +92,16 @@ def test_the_most_telling_runs_come_first():
     ours = Counter((r.bits, r.seed) for r in runs if (r.model, r.method) == ("a", "orbitdit"))
     assert ours == Counter((bits, seed) for bits in quality.BITS for seed in quality.SEEDS)
     assert {r.seed for r in runs if r.method == "svdquant"} == {0}
-    assert {r.method for r in runs} == {"full", "orbitdit", "paper", *METHODS}
+    assert {r.method for r in runs} == {"full", *quality.OURS, *METHODS}
     assert [r.seed for r in runs] == sorted(r.seed for r in runs)
     assert set(quality.TITLES) == {r.method for r in runs}
+
+
+def test_runs_of_variants_have_no_line_that_the_table_has():
+    names = {r.name for r in quality.runs_of(["a"], variants=True)}
+    assert {"a/base/W2A4/0", "a/token-mean/W2A3/2", "a/allotted/W3A3/1"} < names
+    assert "a/allotted/W2A4/0" not in names
+    assert {name.split("/")[1] for name in names} == set(VARIANTS)
 
 
 def test_shards_are_all_runs():
@@ -302,6 +310,35 @@ def test_the_page_tells_what_was_tried_beyond(docs):
     assert text[:start] + text[end:] == without
     assert "| trellis codes and unbiased rows | 1 (0.062) |" in text[start:end]
     assert "| trellis codes and unbiased rows | 1 (0.016) |" in text[start:end]
+
+
+def test_the_page_compares_pictures_of_variants_with_the_base_of_the_same_seeds(docs):
+    facts = {"per_category": 1, "steps": 12, "states": 12, "torch": "2.11", "commit": "abc", "date": "2026-11-25"}
+    run = {"model": "embedded", "what": "variant", "name": "base", "bits": "W3A3", "seed": 0, "error": 1, "guided": 1}
+    (docs / "quality" / "variants.jsonl").write_text(json.dumps(run | facts) + "\n")
+    found = [
+        line("orbitdit-rows", "W2A4", 0, 0.6, psnr_db=20.0),
+        line("orbitdit-rows", "W2A4", 1, 0.4, psnr_db=18.0),
+        line("token-mean", "W2A4", 0, 0.68, psnr_db=20.5),
+        line("token-mean", "W2A4", 1, 0.48, psnr_db=19.5),
+        line("token-mean", "W2A4", 2, 0.1, psnr_db=10.0),
+        line("token-mean", "W2A4", 0, 0.1, psnr_db=10.0, status="failed", note="ConfigError: no"),
+        line("token-mean", "W2A4", 0, 0.1, psnr_db=10.0, model="without"),
+    ]
+    (docs / "quality" / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    quality_page.main(["--docs", str(docs)])
+    text = (docs / "quality.md").read_text()
+    title = VARIANTS["token-mean"].title
+    assert f"| {title} | - | +0.100, +1.0 dB (2) | - | - | - | - |" in text
+    assert text.index(title) > text.index("## What was tried beyond")
+
+
+@pytest.mark.parametrize("name", ["token-mean", "own-mean"])
+def test_variants_are_measured_as_methods_are(measure, name):
+    assert name == "token-mean" or VARIANTS[name].looks
+    row = measure("--variants", "--only", f"glyphs/{name}/W2A3/1")[0]
+    assert (row["method"], row["bits"], row["seed"], row["status"]) == (name, "W2A3", 1, "ok"), row
+    assert 2 < row["effective_bits"] < 3
 
 
 def test_without_lines_the_page_says_so(tmp_path):

@@ -151,7 +151,7 @@ def test_the_search_finds_the_nearest_direction():
     assert error(variants.searched) < 0.97 * error(variants.unbiased)
 
 
-def test_the_base_is_the_default_recipe():
+def test_the_base_is_trellis_codes_and_unbiased_rows():
     linear, row = layer_and_row("w2a4")
     ours = default_layer(linear, row, 3)
     base = variant_layer(linear, row, VARIANTS["base"], 3)

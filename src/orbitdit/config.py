@@ -164,7 +164,7 @@ class OrbitQuantConfig:
             raise ConfigError(f"format_version={version} is newer than this orbitdit reads: upgrade orbitdit")
         if version == 1:
             values = RECIPES["paper"]._asdict() | values
-        elif version == 2 and values.get("scale", "unbiased") == "unbiased":
+        elif version == 2 and values.get("scale") in (None, "unbiased"):
             values["scale"] = "unbiased-rows"
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(map(str, set(values) - set(known)))

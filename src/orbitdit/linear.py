@@ -212,7 +212,7 @@ class OrbitLinear(_PackedLinear):
         quantized = quantized or _empty(out_features, in_features, weight_bits, (out_features,), device)
         super().__init__(in_features, out_features, bias, quantized)
         self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed
-        self.states, self.scale = states, scale
+        self.states, self.gain = states, token_gain(in_features, activation_bits, scale)
         self.fits = kernels.fits((in_features, out_features), (weight_bits, activation_bits))
         self.grid: int | None = None
         self.resident = False
@@ -286,8 +286,7 @@ class OrbitLinear(_PackedLinear):
 
     def dequantize(self) -> Tensor:
         packed = QuantizedWeight(self.codes, self.scales)
-        gain = token_gain(self.in_features, self.activation_bits, self.scale)
-        return dequantize_weight(packed, self.weight_bits, self.in_features, self.seed, self.states, gain)
+        return dequantize_weight(packed, self.weight_bits, self.in_features, self.seed, self.states, self.gain)
 
     def extra_repr(self) -> str:
         codes = f", trellis 2^{self.states}" if self.states else ""

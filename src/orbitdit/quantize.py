@@ -64,13 +64,11 @@ def quantize_weight(
     bits, states and scales; `name` is used in messages.
     """
     check_weight(weight, name)
-    if scale not in SCALES:
-        raise ConfigError(f"scale={scale!r} is not supported; choose one of {', '.join(SCALES)}")
     dim = weight.shape[1]
+    gain = token_gain(dim, activation_bits, scale)
     packed_width(dim, bits)
     points, step = weight_points(dim, bits, states, weight.device, torch.float64)
     boundaries = codebook_on(dim, bits, weight.device, torch.float64).boundaries
-    gain = token_gain(dim, activation_bits, scale)
 
     def encode(block: Tensor) -> QuantizedWeight:
         rotated = rotation(dim, seed).apply(block.double())
@@ -86,7 +84,12 @@ def quantize_weight(
 
 
 def token_gain(dim: int, activation_bits: int, scale: str) -> float:
-    """The factor in rows' scales that undoes the shrinking of tokens of width `dim`: 1 but for `scale` "unbiased"."""
+    """The factor in rows' scales that undoes the shrinking of tokens of width `dim`: 1 but for `scale` "unbiased".
+
+    Raises ConfigError for an unknown scale.
+    """
+    if scale not in SCALES:
+        raise ConfigError(f"scale={scale!r} is not supported; choose one of {', '.join(SCALES)}")
     return 1 / kept(dim, activation_bits) if scale == "unbiased" and activation_bits < 16 else 1.0
 
 
