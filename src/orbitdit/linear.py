@@ -141,9 +141,10 @@ class _PackedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None, quantized: QuantizedWeight):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
+        # First, for diffusers takes the first floating-point parameter's dtype for the model's: scales are always bf16.
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.codes = nn.Parameter(quantized.codes, requires_grad=False)
         self.scales = nn.Parameter(quantized.scales, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
