@@ -348,6 +348,15 @@ def test_a_model_quantized_in_memory_can_be_saved_and_loaded(tmp_path):
     assert loaded.hf_quantizer is None
 
 
+@pytest.mark.parametrize("action", ["int4", "w4a4"])
+def test_models_of_packed_layers_alone_keep_their_dtype(action):
+    """diffusers asks the first floating-point parameter, and pipelines give inputs of that dtype."""
+    family = FAMILIES["flux"]
+    model = family.build()
+    quantize_(model, OrbitQuantConfig("w4a4", rules=[("*", action)]), progress=False)
+    assert model.dtype == torch.float32
+
+
 def test_a_model_of_version_2_stays_what_it_was(tmp_path):
     """Its "unbiased" scales are those of rows alone, on the way in and out."""
     family = FAMILIES["wan"]
