@@ -87,8 +87,7 @@ def runs_of(models: Iterable[str], variants: bool = False) -> list[Run]:
     found = [] if variants else [Run(model, FULL, "", 0) for model in models]
     for seed in SEEDS:
         for bits in BITS:
-            chosen = [name for name, own in seeds.items() if seed in own]
-            chosen = [name for name in chosen if name not in VARIANTS or bits in VARIANTS[name].bits]
+            chosen = [n for n, own in seeds.items() if seed in own and (not variants or bits in VARIANTS[n].bits)]
             found += [Run(m, name, bits, seed) for name in chosen for m in models]
     return found
 

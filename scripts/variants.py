@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from baselines import Statistics
 from orbitdit import OrbitLinear, OrbitQuantConfig, plan
-from orbitdit.codebook import look_up, nearest, on_grid
+from orbitdit.codebook import kept, look_up, nearest, on_grid
 from orbitdit.errors import ConfigError
 from orbitdit.kernels.reference import decode, normalize
 from orbitdit.model import linear_named, quantize_layer, replace_module
@@ -75,13 +75,11 @@ def unbiased(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     return q, _ratio(u.square().sum(-1, True), (u * q).sum(-1, True), codebook.scale)
 
 
-def unbiased_on_average(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """`unbiased` with the mean of <u, q> over normal coordinates in place of each token's own: a constant, about
-    1 / (1 - D), that folds into the codebook's scale and costs nothing at run time."""
-    edges = codebook.boundaries * u.shape[-1] ** 0.5
-    density = torch.nn.functional.pad((-edges.square() / 2).exp() / (2 * math.pi) ** 0.5, (1, 1))
-    along = -(codebook.values * density.diff()).sum() * u.shape[-1] ** 0.5
-    return by_norm(u, codebook)[0], 1 / along
+def unbiased_on_average(u: Tensor, codebook: Codebook) -> tuple[Tensor, float]:
+    """`unbiased` with the mean of <u, q> over random tokens in place of each one's own: a constant, 1 / (1 - D), that
+    folds into a scale and costs nothing at run time."""
+    values, scale = by_norm(u, codebook)
+    return values, scale / kept(u.shape[-1], len(codebook.values).bit_length() - 1)
 
 
 def searched(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def section(rows: Sequence[Row], tried: Sequence[Row] = (), runs: Sequence[Row] 
     if variants:
         parts += [GUIDED, variants_table(variants, "guided"), RAW, variants_table(variants, "error")]
         if tried:
-            parts += [PICTURES, pictures_table(tried, runs)]
+            parts += [PICTURES, pictures_table(tried, runs), drawn_with(tried)]
         parts.append(VARIANTS_TEXT)
     if layers:
         parts += ["### Where the error comes from", LAYERS_TEXT]
@@ -92,6 +92,12 @@ def measured_with(rows: Sequence[Row]) -> str:
         f"{prompts} prompts, {values('steps')} steps, trellises with 2^{values('states')} states, "
         f"seeds {values('seed')}; torch {values('torch')}, commit {values('commit')}, {values('date')}."
     )
+
+
+def drawn_with(tried: Sequence[Row]) -> str:
+    """What the variants' pictures were drawn with."""
+    facts = (", ".join(distinct(str(row[key]) for row in tried)) for key in ("gpu", "torch", "commit", "date"))
+    return "The variants' pictures: {}; torch {}, commit {}, {}.".format(*facts)
 
 
 def variants_table(rows: Sequence[Row], key: str) -> str:
