@@ -11,9 +11,10 @@ from cuda_emulator import launch
 from encoding_checks import FLIPS, NORMS, before_encoding, flips, random, tokens, tokens_of_one_input
 from orbitdit import DependencyError, TensorError
 from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
+from orbitdit.kernels import centring, nvrtc, reference
 from orbitdit.kernels import decode as decode_cuda
-from orbitdit.kernels import nvrtc, reference
 from orbitdit.kernels import rotate_encode as rotate_encode_cuda
+from orbitdit.kernels.centring import groups
 from orbitdit.kernels.rotate_encode import Tile
 from orbitdit.packing import PACKED_BITS, pack
 from orbitdit.quantize import weight_points_on
@@ -30,7 +31,7 @@ def memory_of(x):
     return x.as_strided(((len(x) - 1) * x.stride(0) + x.shape[1],), (1,))
 
 
-def rotate_encode(x, bits, grid, seed=1, tile=None, blocks=2, reverse=False, before="", extras=()):
+def rotate_encode(x, bits, grid, seed=1, tile=None, blocks=2, reverse=False, before="", extras=(), means=None):
     """Values and scales from the kernel, all of them written by it."""
     first = extras[0].shape[1] if before == "gelu" and extras else 0
     count, dim = x.shape[0], x.shape[1] + first
@@ -54,8 +55,9 @@ def rotate_encode(x, bits, grid, seed=1, tile=None, blocks=2, reverse=False, bef
         rotate_encode_cuda.shared_bytes(dim, tile),
         [memory_of(x), gather, torch.from_numpy(bins), values, scales, count]
         + [float(number) for number in (*rotate_encode_cuda.scaling(dim, slope, tile), scale)]
-        + more[before],
-        rotate_encode_cuda.compile_options(dim, bits, x.dtype == torch.float16, tile, before, first),
+        + more[before]
+        + ([means.rows, means.tokens, groups(means.tokens, means.each), means.each] if means else []),
+        rotate_encode_cuda.compile_options(dim, bits, x.dtype == torch.float16, tile, before, first, bool(means)),
         reverse,
     )
     assert (values != POISON[grid]).all()
@@ -117,6 +119,28 @@ def test_what_comes_before_the_encoding(before, dim, first, batch, dtype):
     assert (code != expected_code).sum() <= 3 + 2e-3 * code.numel()
     again = rotate_encode(x, 4, "e4m3", before=before, extras=extras, blocks=1, reverse=True)
     assert torch.equal(again[0].view(torch.uint8), values.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("before", "dim", "first"),
+    [("", 64, 0), ("", 960, 0), ("", 3072, 0), ("", 7680, 0), ("gelu", 1920, 384), ("layer_norm", 3072, 0)]
+    + [("layer_norm", 1920, 0), ("silu", 1920, 0), ("rms_norm", 3840, 0)],
+)
+@pytest.mark.parametrize("each", [2, 3, 1 << 30])
+def test_tokens_less_their_means(before, dim, first, each):
+    """Two pictures of five tokens; two and three of them leave a mean of fewer."""
+    x, extras = before_encoding(before, 10, dim, first, 2)
+    made = reference.apply_before(x, before, extras)
+    rows = centring.token_means(made.view(2, 5, dim), "", (), each)
+    means = rotate_encode_cuda.Means(rows, 5, each)
+    values, scales = rotate_encode(x, 3, "e4m3", before=before, extras=extras, means=means)
+    expected, expected_scales = reference.rotate_encode(centring.less_means(made, rows, 5, each), 3, 1, "e4m3")
+    # a number that rounds differently to 16 bits may be large beside what is left of it
+    torch.testing.assert_close(scales, expected_scales, rtol=4e-3 if before else 1e-6, atol=0)
+    levels = on_grid(dim, 3, "e4m3", True).values.float()
+    code, expected_code = (torch.bucketize(v.float(), levels) for v in (values, expected))
+    assert (code - expected_code).abs().max() <= 1
+    assert (code != expected_code).sum() <= 3 + (6e-3 if before else 1e-3) * code.numel()
 
 
 @pytest.mark.parametrize("before", ["gelu", "layer_norm"])

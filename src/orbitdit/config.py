@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from orbitdit.errors import ConfigError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version 1 had no scales and codebooks to choose from: its models are those of the paper's recipe. What was
-"unbiased" in version 2 is "unbiased-rows"."""
+"unbiased" in version 2 is "unbiased-rows". Up to version 3 no tokens were centred."""
 WEIGHT_BITS = (2, 3, 4, 6, 8)
 ACTIVATION_BITS = (3, 4, 6, 8, 16)
 ACTIONS = ("quantize", "int4", "keep")
@@ -23,6 +23,10 @@ CODEBOOKS = ("trellis", "scalar")
 TRELLIS_BITS = (2, 3, 4)
 TRELLIS_STATES = (8, 10, 12)
 """What there are trellises for: bits a weight, and log2 of the number of states."""
+PICTURE = 1 << 30
+MEAN_TOKENS = {3: 16, 4: PICTURE}
+"""Consecutive tokens that share a mean, by the activation bits at which they can be centred (see `kernels.centring`):
+at 3 bits so many, at 4 bits all of a picture."""
 
 
 class Recipe(NamedTuple):
@@ -30,10 +34,11 @@ class Recipe(NamedTuple):
 
     scale: str
     trellis_bits: tuple[int, ...]
+    centred_bits: tuple[int, ...]
     trellis_states: int = 12
 
 
-RECIPES = {"best": Recipe("unbiased", (2, 3)), "paper": Recipe("norm", ())}
+RECIPES = {"best": Recipe("unbiased", (2, 3), (3, 4)), "paper": Recipe("norm", (), ())}
 """At 4 bits a trellis halves the weights' error too, but pictures came no closer (24 prompts of the embedded model)."""
 
 
@@ -64,7 +69,8 @@ class OrbitQuantConfig:
 
     Args:
         bits: shorthand for the two widths, such as "w2a4"; it excludes naming them.
-        recipe: "best" (if left out) or "paper": what the three fields below are where they are not given.
+        recipe: "best" (if left out) or "paper": what `scale`, `trellis_bits`, `trellis_states` and `centred_bits` are
+            where they are not given.
         codebook: "trellis" or "scalar" for weights of `weight_bits`: shorthand for `trellis_bits`, and excludes it.
         weight_bits: 2, 3, 4, 6 or 8 bits a weight code.
         activation_bits: 3, 4, 6 or 8 bits an activation code; 16 leaves the activations unquantized.
@@ -73,6 +79,8 @@ class OrbitQuantConfig:
             tokens', and "unbiased-rows" only the weights' (see `quantize`).
         trellis_bits: the bits (2, 3, 4) at which weights are trellis codes (see `trellis`), not scalar ones, in layers
             with bits from a rule too; the paper's recipe has none, the best one 2 and 3.
+        centred_bits: the activation bits (3, 4) at which tokens are centred (see `kernels.centring`), in layers with bits
+            from a rule too: 3 less the mean of 16 tokens, 4 less that of a picture. The paper's recipe has none.
         trellis_states: L, for trellises of 2^L states: 8, 10 or 12. More states, less error, longer quantizing.
         seed: seed of the rotations, 0 <= seed < 2**64.
         rules: (glob, action) pairs over module names, tried before the built-in policy, first match first. An
@@ -91,6 +99,7 @@ class OrbitQuantConfig:
     scale: str = None  # type: ignore[assignment]
     trellis_bits: Sequence[int] = None  # type: ignore[assignment]
     trellis_states: int = None  # type: ignore[assignment]
+    centred_bits: Sequence[int] = None  # type: ignore[assignment]
     seed: int = 0
     rules: Sequence[tuple[str, str]] = ()
 
@@ -110,7 +119,8 @@ class OrbitQuantConfig:
         self._settle(**chosen._asdict())
         _check_choice("scale", self.scale, SCALES)
         _check_choice("trellis_states", self.trellis_states, TRELLIS_STATES)
-        object.__setattr__(self, "trellis_bits", _check_trellis_bits(self.trellis_bits))
+        for name, allowed in (("trellis_bits", TRELLIS_BITS), ("centred_bits", tuple(MEAN_TOKENS))):
+            object.__setattr__(self, name, _check_bits_list(name, getattr(self, name), allowed))
         if not isinstance(self.rules, Sequence) or isinstance(self.rules, str):
             raise ConfigError(f"rules={self.rules!r} is not a list of (glob, action) pairs")
         object.__setattr__(self, "rules", tuple(_check_rule(rule) for rule in self.rules))
@@ -128,6 +138,10 @@ class OrbitQuantConfig:
         """`trellis_states` if weights of so many bits are trellis codes, else 0: scalar ones."""
         return self.trellis_states if weight_bits in self.trellis_bits else 0
 
+    def mean_tokens(self, activation_bits: int) -> int:
+        """How many consecutive tokens of so many bits share a mean that is kept apart, PICTURE for all; 0 for none."""
+        return MEAN_TOKENS[activation_bits] if activation_bits in self.centred_bits else 0
+
     @property
     def label(self) -> str:
         """The usual short name of the two widths, such as "W4A4"."""
@@ -141,7 +155,7 @@ class OrbitQuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary, with the method's name and the format version."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["trellis_bits"] = list(self.trellis_bits)
+        fields |= {"trellis_bits": list(self.trellis_bits), "centred_bits": list(self.centred_bits)}
         fields["rules"] = [list(rule) for rule in self.rules]
         return {"quant_method": self.quant_method.value, "format_version": FORMAT_VERSION, **fields}
 
@@ -166,6 +180,8 @@ class OrbitQuantConfig:
             values = RECIPES["paper"]._asdict() | values
         elif version == 2 and values.get("scale") in (None, "unbiased"):
             values["scale"] = "unbiased-rows"
+        if version < 4:
+            values.setdefault("centred_bits", [])
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
@@ -191,11 +207,11 @@ def _bits_of(codebook: str, weight_bits: int) -> tuple[int, ...]:
     return tuple(sorted({*RECIPES["best"].trellis_bits, weight_bits}))
 
 
-def _check_trellis_bits(values: Any) -> tuple[int, ...]:
+def _check_bits_list(name: str, values: Any, allowed: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(values, list | tuple):
-        raise ConfigError(f"trellis_bits={values!r} is not a list of bits")
+        raise ConfigError(f"{name}={values!r} is not a list of bits")
     for value in values:
-        _check_choice("trellis_bits", value, TRELLIS_BITS)
+        _check_choice(name, value, allowed)
     return tuple(sorted(set(values)))
 
 

@@ -8,7 +8,8 @@ The forward pass is, with n_i and t the norms of row i and of the token,
 
     y_i = n_i * t * <c_W(i), c_A> + bias_i        (OrbitQuant, arXiv 2607.02461; for n_i also see `quantize`)
 
-in the steps of `kernels`: encode the tokens, decode the codes, multiply. Which grid the centroids lie on is a matter of
+in the steps of `kernels`: encode the tokens, decode the codes, multiply. Tokens may be centred: the sum is of what is
+left of them after a mean that they share, and of the mean (see `kernels.centring`). Which grid the centroids lie on is a matter of
 the device that runs the layer, and no part of a checkpoint.
 """
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from orbitdit import kernels, trellis
 from orbitdit.config import ACTIVATION_BITS
 from orbitdit.errors import ConfigError, TensorError
-from orbitdit.kernels import EXACT, ops
+from orbitdit.kernels import EXACT, centring, ops
+from orbitdit.kernels.centring import MEAN_BITS
 from orbitdit.kernels.reference import exact_linear, int4_linear
 from orbitdit.packing import GROUP, packed_width
 from orbitdit.quantize import (
@@ -86,12 +88,13 @@ class SharedInput:
 def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
     """Let `layers`, which take the same tensor and are called one after the other, encode it once.
 
-    Only layers that encode alike (width, bits and seed) share; the others are left alone.
+    Only layers that encode alike (width, bits, means and seed) share; the others are left alone.
     """
-    alike: dict[tuple[int, int, int], list[OrbitLinear]] = {}
+    alike: dict[tuple[int | float, ...], list[OrbitLinear]] = {}
     for layer in layers:
         if layer.fits:
-            alike.setdefault((layer.in_features, layer.activation_bits, layer.seed), []).append(layer)
+            encoding = layer.in_features, layer.activation_bits, layer.mean_tokens, layer.mean_gain, layer.seed
+            alike.setdefault(encoding, []).append(layer)
     for members in alike.values():
         shared = SharedInput(tuple(members)) if len(members) > 1 else None
         for place, layer in enumerate(members):
@@ -131,7 +134,8 @@ def _project(
         bits.append(layer.weight_bits)
         states.append(layer.states)
     encoding = first.activation_bits, kernels.signed(first.seed), grid, before, extras
-    y = kernels.project(x, weights, scales, biases, bits, states, *encoding)
+    means = first.mean_tokens, first.mean_gain
+    y = kernels.project(x, weights, scales, biases, bits, states, *encoding, *means)
     return (y,) if len(layers) == 1 else y.split([layer.out_features for layer in layers], dim=-1)
 
 
@@ -183,7 +187,8 @@ class OrbitLinear(_PackedLinear):
     """A linear layer with `weight_bits` codes and one bf16 scale a row, on activations of `activation_bits`.
 
     The codes are those of a trellis of 2^`states` states (see `trellis`), or scalar ones if `states` is 0. `scale` says
-    what the scales hold (see `quantize`).
+    what the scales hold (see `quantize`). So many consecutive tokens as `mean_tokens` share a mean that is multiplied
+    apart (see `kernels.centring`), for inputs of three dimensions and more; 0 leaves tokens as they are.
 
     Made by `from_linear`, or empty (to load a state dict into) by the constructor. `forward` takes (..., in) in fp32,
     bf16 or fp16 and gives (..., out) in the same dtype; it raises TensorError for other inputs. bf16 and fp16 run
@@ -201,6 +206,7 @@ class OrbitLinear(_PackedLinear):
         activation_bits: int,
         states: int = 0,
         scale: str = "norm",
+        mean_tokens: int = 0,
         seed: int = 0,
         quantized: QuantizedWeight | None = None,
         device: torch.device | str | None = None,
@@ -214,6 +220,8 @@ class OrbitLinear(_PackedLinear):
         super().__init__(in_features, out_features, bias, quantized)
         self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed
         self.states, self.gain = states, token_gain(in_features, activation_bits, scale)
+        # the rows' scales make good for what codes of activation_bits lose, and codes of means lose less
+        self.mean_tokens, self.mean_gain = mean_tokens, token_gain(in_features, MEAN_BITS, scale) / self.gain
         self.fits = kernels.fits((in_features, out_features), (weight_bits, activation_bits))
         self.grid: int | None = None
         self.resident = False
@@ -234,30 +242,41 @@ class OrbitLinear(_PackedLinear):
         *,
         states: int = 0,
         scale: str = "norm",
+        mean_tokens: int = 0,
     ) -> "OrbitLinear":
         """Quantize `linear`, on its device; its bias is shared. Arguments and errors are those of `quantize_weight`."""
         coding: Any = {"activation_bits": activation_bits, "states": states, "scale": scale}
         quantized = quantize_weight(linear.weight, weight_bits, seed, name, **coding)
-        size = linear.in_features, linear.out_features, linear.bias
-        return cls(*size, weight_bits=weight_bits, seed=seed, quantized=quantized, **coding)
+        own: Any = {"weight_bits": weight_bits, "mean_tokens": mean_tokens, "seed": seed, "quantized": quantized}
+        return cls(linear.in_features, linear.out_features, linear.bias, **own, **coding)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        packed, bits = (self.codes, self.scales, self.bias), (self.weight_bits, self.activation_bits)
-        shape = self.in_features, self.out_features
         if torch.is_grad_enabled() and x.requires_grad:
             with torch.autocast(x.device.type, enabled=False):
-                y = exact_linear(x.reshape(-1, shape[0]), *packed, *bits, self.seed, self.states)
-            return y.view(*x.shape[:-1], shape[1])
+                return self._exactly(exact_linear, x, self.seed)
         grid = self.grid_for(x)
         if grid == EXACT:
-            tokens = x.reshape(-1, shape[0])
-            y = ops.exact_linear(tokens, *packed, *bits, kernels.signed(self.seed), self.states)
-            return y.view(*x.shape[:-1], shape[1])
+            return self._exactly(ops.exact_linear, x, kernels.signed(self.seed))
         shared = self.shared_input
         if shared is not None and shared.members[self.shared_place] is self:  # else this is a shallow copy
             return shared.output(self.shared_place, x, grid)
         return _project((self,), x, grid)[0]
+
+    def _exactly(self, linear: Callable[..., Tensor], x: Tensor, seed: int) -> Tensor:
+        """The outputs for `x` (..., in) by `linear`, which is `reference.exact_linear` or the op."""
+
+        def product(tokens: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+            return linear(tokens, self.codes, self.scales, bias, self.weight_bits, bits, seed, self.states)
+
+        tokens, each = x.reshape(-1, self.in_features), kernels.mean_tokens(x, self.mean_tokens)
+        if each:
+            count, means = x.shape[-2], centring.token_means(x, "", (), each)
+            y = product(centring.less_means(tokens, means, count, each), self.bias, self.activation_bits)
+            y = centring.add_means(y, product(means, None, MEAN_BITS) * self.mean_gain, count, each)
+        else:
+            y = product(tokens, self.bias, self.activation_bits)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def grid_for(self, x: Tensor) -> int:
         """The grid that the layer runs on for inputs like `x`."""
@@ -291,6 +310,7 @@ class OrbitLinear(_PackedLinear):
 
     def extra_repr(self) -> str:
         codes = f", trellis 2^{self.states}" if self.states else ""
+        codes += ", centred" if self.mean_tokens else ""
         return f"{super().extra_repr()}, W{self.weight_bits}A{self.activation_bits}{codes}"
 
 

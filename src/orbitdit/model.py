@@ -145,7 +145,8 @@ def quantize_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear 
     if row.action == "int4":
         return Int4Linear.from_linear(linear, name)
     bits = row.weight_bits, row.activation_bits
-    return OrbitLinear.from_linear(linear, *bits, seed, name, states=row.states, scale=row.scale)
+    coding: Any = {"states": row.states, "scale": row.scale, "mean_tokens": row.mean_tokens}
+    return OrbitLinear.from_linear(linear, *bits, seed, name, **coding)
 
 
 def empty_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | Int4Linear:
@@ -159,6 +160,7 @@ def empty_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | I
         activation_bits=row.activation_bits,
         states=row.states,
         scale=row.scale,
+        mean_tokens=row.mean_tokens,
         seed=seed,
         device=device,
     )

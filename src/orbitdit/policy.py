@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from orbitdit.config import OrbitQuantConfig, parse_bits
+from orbitdit.config import PICTURE, OrbitQuantConfig, parse_bits
 from orbitdit.errors import ConfigError
 from orbitdit.packing import GROUP, packed_width
 
@@ -102,7 +102,7 @@ class LayerPlan:
     """One layer's fate: `action` is "quantize", "int4" or "keep". Bytes count weight, scales and bias.
 
     Quantized weights are trellis codes of 2^`states` states, or scalar ones if that is 0, with the `scale` that
-    `OrbitQuantConfig` names; other layers have 0 and "".
+    `OrbitQuantConfig` names, and `mean_tokens` of it; other layers have 0, "" and 0.
     """
 
     name: str
@@ -113,6 +113,7 @@ class LayerPlan:
     activation_bits: int
     states: int
     scale: str
+    mean_tokens: int
     block_size: int
     reason: str
     bytes_before: int
@@ -131,10 +132,12 @@ class LayerPlan:
 
     @property
     def coding(self) -> str:
-        """How the weights of a quantized layer are coded: "trellis 2^12, unbiased" or "scalar, norm"; else empty."""
+        """How a quantized layer is coded: "trellis 2^12, unbiased, centred by 16" or "scalar, norm"; else empty."""
         if self.action != "quantize":
             return ""
-        return f"{f'trellis 2^{self.states}' if self.states else 'scalar'}, {self.scale}"
+        by = "picture" if self.mean_tokens == PICTURE else self.mean_tokens
+        centred = f", centred by {by}" if self.mean_tokens else ""
+        return f"{f'trellis 2^{self.states}' if self.states else 'scalar'}, {self.scale}{centred}"
 
 
 @dataclass(frozen=True)
@@ -219,8 +222,10 @@ def _decide(layer: Layer, rules: Sequence[Rule], config: OrbitQuantConfig) -> La
     bias = n * layer.itemsize * layer.bias
     before = n * d * layer.itemsize
     after = before if action == "keep" else _coded_size(action, weight_bits, n, d)
-    states, scale = (config.states(weight_bits), config.scale) if action == "quantize" else (0, "")
-    coded = action, weight_bits, activation_bits, states, scale
+    coding: tuple[int, str, int] = 0, "", 0
+    if action == "quantize":
+        coding = config.states(weight_bits), config.scale, config.mean_tokens(activation_bits)
+    coded = action, weight_bits, activation_bits, *coding
     return LayerPlan(layer.name, d, n, *coded, d & -d, reason, before + bias, after + bias)
 
 

@@ -48,9 +48,9 @@ def plan_table(plan: Plan, wide: bool = True) -> Table:
 
 
 def _codings(plan: Plan) -> str:
-    """A line that says how the weights of the quantized layers are coded."""
-    kinds = sorted({(row.weight_bits, row.coding) for row in plan.select("quantize")})
-    return f"Weights at {'; at '.join(f'{bits} bits: {coding}' for bits, coding in kinds)}.\n" if kinds else ""
+    """A line that says how the quantized layers are coded."""
+    kinds = sorted({(row.label, row.coding) for row in plan.select("quantize")})
+    return f"{'; '.join(f'{label}: {coding}' for label, coding in kinds)}.\n" if kinds else ""
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 from orbitdit import trellis
 from orbitdit.codebook import GRID_DTYPES
 from orbitdit.errors import TensorError
-from orbitdit.kernels import cpu, reference
+from orbitdit.kernels import centring, cpu, reference
 from orbitdit.kernels import decode as decode_cuda
 from orbitdit.kernels import int4_linear as int4_cuda
 from orbitdit.kernels import matmul as matmul_cuda
@@ -92,13 +92,20 @@ def project(
     grid: int,
     before: str = "",
     extras: Sequence[torch.Tensor] = (),
+    each: int = 0,
+    mean_gain: float = 1.0,
 ) -> torch.Tensor:
     """The op `project` in the way that costs the host least; `before` and `extras`: see `reference.apply_before`.
+    `each`: tokens that share a mean (see `centring`), 0 for none; the products of means are multiplied by `mean_gain`.
 
     A compiler sees the products and allocates for itself, and eager mode on CUDA calls the kernels without torch's
     dispatcher, where nothing listens in on it.
     """
-    arguments = x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
+    each = mean_tokens(x, each)
+    if before and 0 < each < x.shape[-2]:
+        x, before, extras = _tokens(x, before, extras).view(*x.shape[:-1], -1), "", ()  # a mean needs them before
+    encoding = activation_bits, seed, grid, before, extras, each, mean_gain
+    arguments = x, weights, scales, biases, weight_bits, weight_states, *encoding
     if x.is_cuda:
         if torch.compiler.is_compiling():
             if grid == E4M3 and _scaled_together(x, weights, biases, weight_bits, weight_states, before, extras):
@@ -160,6 +167,11 @@ def _rows_fake(x, codes, *_):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+def mean_tokens(x: torch.Tensor, each: int) -> int:
+    """`each` for inputs that have pictures of tokens, else 0."""
+    return each if x.ndim > 2 and x.numel() else 0
+
+
 def _flat(x):
     """(..., channels) as (rows, channels)."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -170,27 +182,57 @@ def _tokens(x, before, extras):
     return reference.apply_before(_flat(x), before, [_flat(t) for t in extras]) if before else _flat(x)
 
 
+def _with_means(multiply, tokens, means, biases, x, each):
+    """The outputs of one or more weights side by side: `multiply` takes encoded tokens, which are values and scales,
+    and a bias or None for each weight. `means`, encoded too, are those of `each` tokens of `x`, if that is not 0.
+
+    The product of a lone mean is a bias of the others, where there is one weight.
+    """
+    if not each:
+        return multiply(tokens, biases)
+    of_means = multiply(means, biases)
+    if len(of_means) == 1 and len(biases) == 1:
+        return multiply(tokens, [of_means[0]])
+    return centring.add_means(multiply(tokens, [None] * len(biases)), of_means, x.shape[-2], each)
+
+
+def _encode_on_cpu(x, activation_bits, seed, grid, before, extras, each, mean_gain):
+    """Values and scales of tokens, and of means if there are any."""
+    tokens, code = _tokens(x, before, extras), (_seed(seed), _NAMES[grid])
+    if not each:
+        return cpu.rotate_encode(tokens, activation_bits, *code), None
+    means = centring.token_means(x, before, extras, each)
+    values, scales = cpu.rotate_encode(means, centring.MEAN_BITS, *code)
+    tokens = centring.less_means(tokens, means, x.shape[-2], each)
+    return cpu.rotate_encode(tokens, activation_bits, *code), (values, scales * mean_gain)
+
+
 def _project_on_cpu(
-    x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
+    x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras, each, mean_gain
 ):
-    values, token_scales = cpu.rotate_encode(_tokens(x, before, extras), activation_bits, _seed(seed), _NAMES[grid])
-    outputs = []
-    for weight, scale, bias, bits, states in zip(weights, scales, biases, weight_bits, weight_states, strict=True):
-        if weight.dtype == torch.uint8:
-            outputs.append(cpu.linear(values, token_scales, weight, scale, bias, bits, x.dtype, states))
-        else:
-            outputs.append(reference.matmul(values, token_scales, weight, scale, bias, x.dtype))
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    def multiply(encoded, biases):
+        outputs = []
+        for weight, scale, bias, bits, states in zip(weights, scales, biases, weight_bits, weight_states, strict=True):
+            if weight.dtype == torch.uint8:
+                outputs.append(cpu.linear(*encoded, weight, scale, bias, bits, x.dtype, states))
+            else:
+                outputs.append(reference.matmul(*encoded, weight, scale, bias, x.dtype))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    encoded = _encode_on_cpu(x, activation_bits, seed, grid, before, extras, each, mean_gain)
+    y = _with_means(multiply, *encoded, biases, x, each)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _encode_decode_on_cpu(
-    x, codes, scales, biases, bits, states, activation_bits, seed, grid, before, extras, *outputs
+    x, codes, scales, biases, bits, states, activation_bits, seed, grid, before, extras, each, mean_gain, *outputs
 ):
-    values, token_scales, weight, row_scales, bias = outputs
-    encoded = cpu.rotate_encode(_tokens(x, before, extras), activation_bits, _seed(seed), _NAMES[grid])
-    values.copy_(encoded[0])
-    token_scales.view(-1).copy_(encoded[1])
+    values, token_scales, mean_values, mean_scales, weight, row_scales, bias = outputs
+    tokens, means = _encode_on_cpu(x, activation_bits, seed, grid, before, extras, each, mean_gain)
+    for encoded, into in ((tokens, (values, token_scales)), (means, (mean_values, mean_scales))):
+        if encoded is not None:
+            into[0].copy_(encoded[0])
+            into[1].view(-1).copy_(encoded[1])
     first = 0
     for packed, scale in zip(codes, scales, strict=True):
         rows = slice(first, first + packed.shape[0])
@@ -201,41 +243,69 @@ def _encode_decode_on_cpu(
         bias.copy_(torch.cat(biases))
 
 
-def _encode_decode_on_cuda(
-    x, codes, scales, biases, bits, states, activation_bits, seed, grid, before, extras, *outputs
+def _encode_on_cuda(
+    x, activation_bits, seed, grid, before, extras, each, mean_gain, values, token_scales, mean_values, mean_scales
 ):
-    values, token_scales, weight, row_scales, bias = outputs
+    """Tokens, and means if there are any, into the memory that is given."""
+    code, means = (_seed(seed), _NAMES[grid]), None
+    if each:
+        of_tokens = centring.token_means(x, before, extras, each)
+        into = mean_values, mean_scales
+        rotate_encode_cuda.rotate_encode_into(of_tokens, centring.MEAN_BITS, *code, *into, gain=mean_gain)
+        means = rotate_encode_cuda.Means(of_tokens, x.shape[-2], each)
+    into = values, token_scales, None, before, [_flat(t) for t in extras]
+    rotate_encode_cuda.rotate_encode_into(_flat(x), activation_bits, *code, *into, means)
+
+
+def _encode_decode_on_cuda(
+    x, codes, scales, biases, bits, states, activation_bits, seed, grid, before, extras, each, mean_gain, *outputs
+):
     _check_devices(x, codes)
-    encoding = _flat(x), activation_bits, _seed(seed), _NAMES[grid], values, token_scales, None, before
-    rotate_encode_cuda.rotate_encode_into(*encoding, [_flat(t) for t in extras])
+    *encoded, weight, row_scales, bias = outputs
+    _encode_on_cuda(x, activation_bits, seed, grid, before, extras, each, mean_gain, *encoded)
     decode_cuda.decode_into(codes, scales, biases, bits, _NAMES[grid], weight, row_scales, bias, states)
 
 
 def _project_on_cuda(
-    x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
+    x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras, each, mean_gain
 ):
     """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued;
     torch's allocator hands the memory to the next layer."""
+    encoding = activation_bits, seed, grid, before, extras, each, mean_gain
     if grid == E4M3 and x.numel() and _scaled_together(x, weights, biases, weight_bits, weight_states, before, extras):
-        arguments = x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
+        arguments = x, weights, scales, biases, weight_bits, weight_states, *encoding
         return _project_e4m3(_encode_decode_on_cuda, *arguments)
     _check_devices(x, weights)
-    name, extras = _NAMES[grid], [_flat(t) for t in extras]
-    encoding = _flat(x), activation_bits, _seed(seed), name, None, before, extras
-    values, token_scales = rotate_encode_cuda.rotate_encode(*encoding)
-    dim = values.shape[1]
+    dim, name = reference.encoded_width(x, before, extras), _NAMES[grid]
+    tokens, means = _room(x, dim, grid, each)
+    _encode_on_cuda(x, *encoding, *tokens, *means)
     if _decoded_alike(weights, biases, weight_bits, weight_states):
         code = weight_bits[0], dim, name, weight_states[0]
         weight, scale, bias = decode_cuda.decode_all(weights, scales, biases, *code)
-        y = matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype)
+        decoded, biases = [(weight, scale)], [bias]
     else:
-        parts = []
-        for weight, scale, bias, bits, states in zip(weights, scales, biases, weight_bits, weight_states, strict=True):
-            if weight.dtype == torch.uint8:
-                weight, scale = decode_cuda.decode(weight, scale, bits, dim, name, states)
-            parts.append(matmul_cuda.matmul(values, token_scales, weight, scale, bias, x.dtype))
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        decoded = []
+        for weight, scale, bits, states in zip(weights, scales, weight_bits, weight_states, strict=True):
+            packed = weight.dtype == torch.uint8
+            decoded.append(decode_cuda.decode(weight, scale, bits, dim, name, states) if packed else (weight, scale))
+
+    def multiply(encoded, biases):
+        parts = [matmul_cuda.matmul(*encoded, *w, b, x.dtype) for w, b in zip(decoded, biases, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    y = _with_means(multiply, tokens, means, biases, x, each)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _room(x, dim, grid, each):
+    """Memory for values and scales of the tokens of `x`, and of their means (None twice without)."""
+    tokens = x.numel() // x.shape[-1]
+    means = tokens // x.shape[-2] * centring.groups(x.shape[-2], each) if each else None
+    room = []
+    for rows in (tokens, means):
+        values = None if rows is None else torch.empty((rows, dim), dtype=dtype_of(grid), device=x.device)
+        room.append((values, None if rows is None else torch.empty(rows, dtype=torch.float32, device=x.device)))
+    return room
 
 
 def _scaled_together(x, weights, biases, weight_bits, weight_states, before, extras):
@@ -247,23 +317,27 @@ def _scaled_together(x, weights, biases, weight_bits, weight_states, before, ext
 
 
 def _project_e4m3(
-    encode_decode, x, codes, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras
+    encode_decode, x, codes, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras, each, mean_gain
 ):
-    """`project` in one encoding, one decoding and one product; `encode_decode` is the op or what it calls."""
-    dim, device, rows, tokens = reference.encoded_width(x, before, extras), x.device, 0, x.numel() // x.shape[-1]
+    """`project` in one encoding, one decoding and one product, or two of them where there are means; `encode_decode`
+    is the op or what it calls."""
+    dim, device, rows = reference.encoded_width(x, before, extras), x.device, 0
     for packed in codes:
         rows += packed.shape[0]
-    values = torch.empty((tokens, dim), dtype=torch.float8_e4m3fn, device=device)
-    token_scales = torch.empty((tokens, 1), dtype=torch.float32, device=device)
+    tokens, means = _room(x, dim, grid, each)
     weight = torch.empty((rows, dim), dtype=torch.float8_e4m3fn, device=device)
-    row_scales = torch.empty((1, rows), dtype=torch.float32, device=device)
+    row_scales = torch.empty((rows,), dtype=torch.float32, device=device)
     bias, into = biases[0], None
     if bias is not None and len(codes) > 1:
         bias = into = torch.empty((rows,), dtype=bias.dtype, device=device)
     code = weight_bits[0], weight_states[0]
-    inputs = x, codes, scales, biases, *code, activation_bits, seed, grid, before, extras
-    encode_decode(*inputs, values, token_scales, weight, row_scales, into)
-    y = matmul_cuda.scaled_mm(values, token_scales, weight, row_scales, bias, x.dtype)
+    inputs = x, codes, scales, biases, *code, activation_bits, seed, grid, before, extras, each, mean_gain
+    encode_decode(*inputs, *tokens, *means, weight, row_scales, into)
+
+    def multiply(encoded, biases):
+        return matmul_cuda.product(*encoded, weight, row_scales, biases[0], x.dtype)
+
+    y = _with_means(multiply, tokens, means, [bias], x, each)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], rows)
 
 
@@ -335,15 +409,16 @@ _define(
 )
 _define(
     "encode_decode(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] biases, int weight_bits, int states,"
-    " int activation_bits, int seed, int grid, str before, Tensor[] extras, Tensor(a!) values, Tensor(b!) token_scales,"
-    " Tensor(c!) weight, Tensor(d!) row_scales, Tensor(e!)? bias) -> ()",
+    " int activation_bits, int seed, int grid, str before, Tensor[] extras, int each, float mean_gain,"
+    " Tensor(a!) values, Tensor(b!) token_scales, Tensor(c!)? mean_values, Tensor(d!)? mean_scales,"
+    " Tensor(e!) weight, Tensor(f!) row_scales, Tensor(g!)? bias) -> ()",
     _encode_decode_on_cpu,
     _encode_decode_on_cuda,
     lambda *_: None,
 )
 _define(
     "project(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int[] weight_bits, int[] weight_states,"
-    " int activation_bits, int seed, int grid, str before, Tensor[] extras) -> Tensor",
+    " int activation_bits, int seed, int grid, str before, Tensor[] extras, int each=0, float mean_gain=1.0) -> Tensor",
     _project_on_cpu,
     _project_on_cuda,
     _project_fake,

@@ -36,6 +36,17 @@ def matmul(
     return scaled_mm(values, token_scales[:, None], weight, row_scales[None], bias, dtype)
 
 
+def product(
+    values: Tensor, token_scales: Tensor, weight: Tensor, row_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`matmul` on e4m3 in calls that compilers see through."""
+    if not torch.compiler.is_compiling() or has_row_scales(len(values), len(weight), values.shape[1]):
+        return matmul(values, token_scales, weight, row_scales, bias, dtype)
+    one = token_scales.new_ones(())
+    y = torch._scaled_mm(values, weight.t(), one, one, out_dtype=torch.float32) * token_scales[:, None] * row_scales
+    return (y if bias is None else y + bias).to(dtype)
+
+
 def has_row_scales(tokens: int, rows: int, dim: int) -> bool:
     """Whether the library multiplies e4m3 with row and column scales at this size."""
     return dim <= _DIM or -(-tokens // _TILE) * -(-rows // _TILE) >= _TILES

@@ -27,13 +27,16 @@
 // row of scale and shift is for `batch_tokens` tokens. 3, silu(x) * extra, as a gated MLP has it. 4, RMSNorm(x) times
 // the weight and (1 + scale), or the weight alone where `scale` is null. All in fp32, rounded to 16 bits once.
 //
+// Tokens may be encoded less a mean that they share (CENTRED): `each` consecutive ones of the `picture_tokens` of a
+// picture, of which there are `groups`, have one row of `means`. The difference is rounded to 16 bits too.
+//
 // A block that takes one short token at a time has two places for it: while one is worked on, the next is on its way to
 // the other, without registers (ASYNC). Two tokens do not lie in shared memory as they arrive, so their way is through
 // registers, and long ones would leave room for fewer blocks.
 //
 // Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS, SPLIT
 // (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), BUTTERFLIES, HALF (fp16, else bf16), MIN_BLOCKS (a processor, for
-// the compiler's choice of registers), BEFORE, FIRST (a multiple of 8).
+// the compiler's choice of registers), BEFORE, FIRST (a multiple of 8), CENTRED.
 
 #define TILES (FACTOR1 * FACTOR2)
 #define THREADS (WARPS * 32)
@@ -205,6 +208,11 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 #else
 #define SOURCE
 #endif
+#if CENTRED
+#define MEANS , const u16* __restrict__ means, int picture_tokens, int groups, int each
+#else
+#define MEANS
+#endif
 
 // x (tokens, DIM - FIRST), `pitch` numbers from row to row with GELU and SILU; gather (tiles, 32 lanes, 8) u16: place
 // in shared memory, and in the highest bit the sign; table: 32 words or BINS bytes; out (tokens, DIM) grid bytes,
@@ -213,7 +221,7 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
                   u8* __restrict__ out, float* __restrict__ scales, int tokens, float to_unit, float slope,
-                  float grid_scale SOURCE) {
+                  float grid_scale SOURCE MEANS) {
 #if BINS > 32
   __shared__ uint4 bins[BINS / 16];
   const float base = index_base(bins);
@@ -271,6 +279,14 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if ASYNC
     wait_for_copies();  // of this thread: the others are waited for at the next barrier
     if (first + gridDim.x < tokens) fetch(first + gridDim.x, other);
+#endif
+#if CENTRED
+    const u16* mean_of[TOKENS];
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      const int token = token_of(first, t), picture = token / picture_tokens;
+      mean_of[t] = means + static_cast<i64>(picture * groups + (token - picture * picture_tokens) / each) * DIM;
+    }
 #endif
     float squares[TOKENS][2][4] = {};
 #pragma unroll
@@ -349,9 +365,15 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
             });
           }
 #endif
+#if CENTRED
+          if (inside) {
+            const uint4 m = __ldg(reinterpret_cast<const uint4*>(mean_of[t]) + v);
+            r = change_all(r, [&](float number, int channel) { return number - channel_of(m, channel); });
+          }
+#endif
           add_squares(squares[t], r);
         }
-#if !ASYNC || BEFORE
+#if !ASYNC || BEFORE || CENTRED
         if (inside) lay_out(staged, v, loaded[l]);
 #endif
       }

@@ -15,11 +15,21 @@ from torch import Tensor
 
 from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
 from orbitdit.errors import TensorError
+from orbitdit.kernels.centring import groups
 from orbitdit.kernels.nvrtc import kernel, processors, readable, upload
 from orbitdit.kernels.reference import NORM_EPSILONS, encoded_width
 from orbitdit.rotation import rotation
 
 TILE = 256
+
+
+class Means(NamedTuple):
+    """`rows` (pictures * groups, dim) that tokens are encoded less of: `each` consecutive ones of the `tokens` of a
+    picture have one (see centring.py)."""
+
+    rows: Tensor
+    tokens: int
+    each: int
 
 
 class Tile(NamedTuple):
@@ -76,9 +86,12 @@ def rotate_encode(
     tile: Tile | None = None,
     before: str = "",
     extras: Sequence[Tensor] = (),
+    means: Means | None = None,
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Values (tokens, dim) on the grid and scales (tokens,) fp32 of bf16 or fp16 `x` (tokens, channels), `before` which
-    something may come; see reference.py. `extras` are read in the dtype of `x`.
+    something may come, less their `means`; see reference.py and centring.py. `extras` and means are read in the dtype
+    of `x`; scales are multiplied by `gain`.
 
     Raises TensorError for other dtypes and for widths that `supported` refuses.
     """
@@ -87,7 +100,7 @@ def rotate_encode(
     shape = (x.shape[0], encoded_width(x, before, extras))
     values = torch.empty(shape, dtype=GRID_DTYPES[grid], device=x.device)
     scales = torch.empty(shape[0], dtype=torch.float32, device=x.device)
-    rotate_encode_into(x, bits, seed, grid, values, scales, tile, before, extras)
+    rotate_encode_into(x, bits, seed, grid, values, scales, tile, before, extras, means, gain)
     return values, scales
 
 
@@ -101,15 +114,22 @@ def rotate_encode_into(
     tile: Tile | None = None,
     before: str = "",
     extras: Sequence[Tensor] = (),
+    means: Means | None = None,
+    gain: float = 1.0,
 ) -> None:
     """`rotate_encode` into contiguous `values` (tokens, dim) and `scales` of as many numbers as tokens."""
     tokens, dim = values.shape
     if not tokens:
         return
     first = dim - x.shape[1]  # channels before the activation
-    launch = _launcher(dim, bits, seed, grid, x.dtype == torch.float16, tile, x.device.index, before, first)
+    kind = x.dtype == torch.float16, tile, x.device.index, before, first, means is not None
+    launch = _launcher(dim, bits, seed, grid, *kind)
+    shared: tuple[int, ...] = ()
+    if means is not None:
+        rows = readable(means.rows)
+        shared = rows.data_ptr(), means.tokens, groups(means.tokens, means.each), means.each
     if not before:
-        launch(readable(x).data_ptr(), values.data_ptr(), scales.data_ptr(), tokens)
+        launch(readable(x).data_ptr(), values.data_ptr(), scales.data_ptr(), tokens, gain, *shared)
         return
     x, *others = (_readable_rows(t.to(x.dtype)) for t in (x, *extras))
     more: tuple[int | float, ...]
@@ -123,9 +143,9 @@ def rotate_encode_into(
             extra, scale = others[0], others[1] if len(others) > 1 else None
         else:
             scale, extra = others if others[0].stride(0) == others[1].stride(0) else [t.contiguous() for t in others]
-        address, pitch, rows = (0, 0, 1) if scale is None else (scale.data_ptr(), scale.stride(0), scale.shape[0])
-        more = address, extra.data_ptr(), pitch, tokens // rows, NORM_EPSILONS[before]
-    launch(x.data_ptr(), values.data_ptr(), scales.data_ptr(), tokens, *more)
+        address, pitch, batch = (0, 0, 1) if scale is None else (scale.data_ptr(), scale.stride(0), scale.shape[0])
+        more = address, extra.data_ptr(), pitch, tokens // batch, NORM_EPSILONS[before]
+    launch(x.data_ptr(), values.data_ptr(), scales.data_ptr(), tokens, gain, *more, *shared)
 
 
 def _readable_rows(x: Tensor) -> Tensor:
@@ -142,7 +162,16 @@ def tile_of(dim: int, before: str = "") -> Tile:
 
 @cache
 def _launcher(
-    dim: int, bits: int, seed: int, grid: str, half: bool, tile: Tile | None, device: int, before: str, first: int
+    dim: int,
+    bits: int,
+    seed: int,
+    grid: str,
+    half: bool,
+    tile: Tile | None,
+    device: int,
+    before: str,
+    first: int,
+    centred: bool,
 ):
     """A function that launches the kernel for one width and codebook; None is the best tile."""
     if not supported(dim):
@@ -151,8 +180,8 @@ def _launcher(
         raise TensorError(f"rotate_encode takes a multiple of 8 channels beside those of GELU; got {first}")
     tile = tile or tile_of(dim, before)
     bins, slope, scale = bin_table(dim, bits, grid)
-    defines = compile_options(dim, bits, half, tile, before, first)
-    signature = "PPPPPifff" + SIGNATURES[before]
+    defines = compile_options(dim, bits, half, tile, before, first, centred)
+    signature = "PPPPPifff" + SIGNATURES[before] + ("Piii" if centred else "")
     built = kernel("rotate_encode.cu", "rotate_encode", tuple(defines.items()), signature, device)
     gather_on, bins_on = upload(gather_table(dim, seed, tile.tokens), device), upload(bins, device)
     shared = shared_bytes(dim, tile)
@@ -160,17 +189,19 @@ def _launcher(
     resident = processors(device) * max(1, built.blocks_per_processor(threads, shared))
     to_unit, slope = scaling(dim, slope, tile)
 
-    def launch(x: int, values: int, scales: int, tokens: int, *more: int | float) -> None:
+    def launch(x: int, values: int, scales: int, tokens: int, gain: float, *more: int | float) -> None:
         groups = -(-tokens // tile.tokens)
         rounds = -(-groups // resident)
         blocks = -(-groups // rounds)  # all blocks are done at the same time
         pointers = x, gather_on, bins_on, values, scales
-        built.launch(blocks, threads, shared, *pointers, tokens, to_unit, slope, scale, *more)
+        built.launch(blocks, threads, shared, *pointers, tokens, to_unit, slope, scale * gain, *more)
 
     return launch
 
 
-def compile_options(dim: int, bits: int, half: bool, tile: Tile, before: str = "", first: int = 0) -> dict[str, int]:
+def compile_options(
+    dim: int, bits: int, half: bool, tile: Tile, before: str = "", first: int = 0, centred: bool = False
+) -> dict[str, int]:
     """The kernel's compile-time constants."""
     row_bits, column_bits = _hadamard_bits(dim)
     return {
@@ -188,6 +219,7 @@ def compile_options(dim: int, bits: int, half: bool, tile: Tile, before: str = "
         "HALF": int(half),
         "BEFORE": list(SIGNATURES).index(before),
         "FIRST": first,
+        "CENTRED": int(centred),
     }
 
 
