@@ -45,7 +45,8 @@ BITS = ("W2A4", "W3A3", "W4A4", "W2A3", "W4A6")
 SEEDS = (0, 1, 2)
 OURS: dict[str, tuple[dict[str, Any], str]] = {
     "orbitdit": ({}, "auto"),
-    "orbitdit-rows": ({"scale": "unbiased-rows"}, "auto"),
+    "orbitdit-uncentred": ({"centred_bits": []}, "auto"),
+    "orbitdit-rows": ({"scale": "unbiased-rows", "centred_bits": []}, "auto"),
     "paper": ({"recipe": "paper"}, "exact"),
 }
 """Methods of this package: what OrbitQuantConfig takes beside bits and seed, and the number grid: as anybody gets it,
@@ -53,7 +54,8 @@ but the paper's recipe in the paper's arithmetic."""
 TITLES = {
     FULL: "full precision",
     "orbitdit": "orbitdit",
-    "orbitdit-rows": "orbitdit, unbiased for rows alone",
+    "orbitdit-uncentred": "orbitdit, tokens not centred",
+    "orbitdit-rows": "orbitdit, unbiased for rows alone, not centred",
     "paper": "OrbitQuant, the paper's recipe",
 } | {name: method.title for name, method in METHODS.items()}
 CALIBRATION_PROMPTS, CALIBRATION_PROMPT_SEED, CALIBRATION_NOISE = 120, 1, 1_000_000
