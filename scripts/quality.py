@@ -45,16 +45,20 @@ BITS = ("W2A4", "W3A3", "W4A4", "W2A3", "W4A6")
 SEEDS = (0, 1, 2)
 OURS: dict[str, tuple[dict[str, Any], str]] = {
     "orbitdit": ({}, "auto"),
+    "orbitdit-centred": ({"centred_bits": [3, 4]}, "auto"),
     "orbitdit-uncentred": ({"centred_bits": []}, "auto"),
     "orbitdit-rows": ({"scale": "unbiased-rows", "centred_bits": []}, "auto"),
     "paper": ({"recipe": "paper"}, "exact"),
 }
 """Methods of this package: what OrbitQuantConfig takes beside bits and seed, and the number grid: as anybody gets it,
 but the paper's recipe in the paper's arithmetic."""
+ONLY_AT = {"orbitdit-centred": ("W2A4", "W4A4"), "orbitdit-uncentred": ("W3A3", "W2A3")}
+"""Settings at which a method is another one than "orbitdit"."""
 TITLES = {
     FULL: "full precision",
     "orbitdit": "orbitdit",
-    "orbitdit-uncentred": "orbitdit, tokens not centred",
+    "orbitdit-centred": "orbitdit, tokens of 4 bits centred too",
+    "orbitdit-uncentred": "orbitdit, no tokens centred",
     "orbitdit-rows": "orbitdit, unbiased for rows alone, not centred",
     "paper": "OrbitQuant, the paper's recipe",
 } | {name: method.title for name, method in METHODS.items()}
@@ -84,12 +88,13 @@ def runs_of(models: Iterable[str], variants: bool = False) -> list[Run]:
     BITS; then the other seeds of those that have a rotation. With `variants` those instead, without full precision."""
     models = list(models)
     seeds = dict.fromkeys(OURS, SEEDS) | {name: method.seeds for name, method in METHODS.items()}
+    settings: Mapping[str, Sequence[str]] = ONLY_AT
     if variants:
-        seeds = dict.fromkeys(VARIANTS, SEEDS)
+        seeds, settings = dict.fromkeys(VARIANTS, SEEDS), {name: variant.bits for name, variant in VARIANTS.items()}
     found = [] if variants else [Run(model, FULL, "", 0) for model in models]
     for seed in SEEDS:
         for bits in BITS:
-            chosen = [n for n, own in seeds.items() if seed in own and (not variants or bits in VARIANTS[n].bits)]
+            chosen = [n for n, own in seeds.items() if seed in own and bits in settings.get(n, BITS)]
             found += [Run(m, name, bits, seed) for name in chosen for m in models]
     return found
 

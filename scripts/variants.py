@@ -7,7 +7,7 @@ orthogonal transform of the inputs in front of the recipe's own rotation R, and 
     y_i = n_i * t * <c_W(i), c_A(R B x)> + bias_i
 
 with c_W(i) from R B w_i. Where a picture's mean token is kept apart, x is what is left of a token, and the mean's own
-product is added. All is on the points of e4m3, as `orbitdit` computes on a GPU: products of points are
+product is added; "mean-16-constant" has become the default recipe for tokens of 3 bits. All is on the points of e4m3, as `orbitdit` computes on a GPU: products of points are
 exact, sums in fp32. The variant "base" changes nothing: its codes are those of `quantize_` with the scale
 "unbiased-rows", its outputs those of the layers, up to the order of sums. "token-constant" has become the default
 recipe, where the constant is in the rows' scales.
@@ -18,6 +18,7 @@ sense: they look at pictures that the model makes from noise without a prompt, w
 """
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from baselines import Statistics
 from orbitdit import OrbitLinear, OrbitQuantConfig, plan
 from orbitdit.codebook import kept, look_up, nearest, on_grid
 from orbitdit.errors import ConfigError
+from orbitdit.kernels.centring import spread, token_means
 from orbitdit.kernels.reference import decode, normalize
 from orbitdit.model import linear_named, quantize_layer, replace_module
 from orbitdit.policy import LayerPlan
@@ -175,7 +177,8 @@ def allocated(
 class Variant(NamedTuple):
     """How a variant differs from trellis codes and unbiased rows. `bits`: the settings that it is measured at. `before`
     makes the transform of (dim, seed); `centred`: each picture's mean token is taken off before encoding and multiplied
-    in 8 bits; `own_mean`: the weights' error on the mean of unprompted pictures' activations is taken off the bias;
+    in 8 bits, or with `each` the mean of so many tokens; `block_seeds`: layers of different blocks have rotations of
+    their own; `own_mean`: the weights' error on the mean of unprompted pictures' activations is taken off the bias;
     `own_balance`: see `balance_of`; `allotted`: see `allotted`."""
 
     title: str
@@ -185,6 +188,8 @@ class Variant(NamedTuple):
     own_mean: bool = False
     own_balance: bool = False
     allotted: bool = False
+    each: int = 0
+    block_seeds: bool = False
     bits: tuple[str, ...] = ("W2A4", "W3A3", "W2A3")
 
     @property
@@ -198,6 +203,12 @@ VARIANTS = {
     "token-mean": Variant("mean token apart", centred=True),
     "token-constant": Variant("token scale unbiased on average: the default recipe", unbiased_on_average),
     "mean-constant": Variant("mean token apart, scale unbiased on average", unbiased_on_average, centred=True),
+    "mean-16-constant": Variant(
+        "mean of 16 tokens apart, scale unbiased on average", unbiased_on_average, centred=True, each=16
+    ),
+    "block-seeds": Variant(
+        "each block its own rotation, scale unbiased on average", unbiased_on_average, block_seeds=True
+    ),
     "token-unbiased": Variant("unbiased token scale", unbiased),
     "token-search": Variant("token scale searched, unbiased", searched),
     # No code has less than 2 bits: at 2 bits there is nothing to take from.
@@ -222,7 +233,7 @@ class Encoding:
         balance: Tensor | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.tokens, self.centred, self.balance = variant.tokens, variant.centred, balance
+        self.tokens, self.centred, self.each, self.balance = variant.tokens, variant.centred, variant.each, balance
         self.codebook = codebook_of(dim, bits, device)
         self.before, self.rotation = variant.before(dim, seed), rotation(dim, seed)
         self.last: tuple[Tensor, int] | None = None
@@ -239,6 +250,9 @@ class Encoding:
             rows = x.float() if self.balance is None else x.float() / self.balance
             if self.centred and x.ndim > 2:
                 mean = rows.mean(-2, keepdim=True)
+                if self.each:
+                    means = token_means(rows, min(self.each, rows.shape[-2]))
+                    mean = spread(means, rows.shape[-2], min(self.each, rows.shape[-2])).view(rows.shape)
                 self.parts = [self.part(rows - mean, self.tokens), self.part(mean, finely)]
             else:
                 self.parts = [self.part(rows, self.tokens)]
@@ -278,8 +292,8 @@ class VariantLinear(nn.Module):
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-Encodings = dict[tuple[int, int], Encoding]
-"""Of one variant and seed, by width and activation bits."""
+Encodings = dict[tuple[int, int, int], Encoding]
+"""Of one variant, by width, activation bits and seed."""
 Codes = dict[tuple, QuantizedWeight]
 """What weights of one model were quantized to, for variants that quantize the same."""
 
@@ -306,8 +320,10 @@ def variant_layer(
     if variant.own_balance and statistics is not None:
         balance, encodings, codes = balance_of(statistics), {}, {}
         weight = weight.float() * balance
-    width = row.in_features, row.activation_bits
-    encoding = encodings.get(width) or Encoding(variant, *width, seed, balance, weight.device)
+    if variant.block_seeds:
+        seed = seed * 7919 + zlib.crc32(row.name.rpartition(".")[0].encode())
+    width = row.in_features, row.activation_bits, seed
+    encoding = encodings.get(width) or Encoding(variant, *width, balance, weight.device)
     encodings[width] = encoding
     key = row.name, row.weight_bits, row.states, seed, variant.before
     if key not in codes:
@@ -369,7 +385,7 @@ def quantize_variant_(
     if name not in VARIANTS:
         raise ConfigError(f"variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
-    options = {"seed": seed, "trellis_states": states, "scale": "unbiased-rows"}
+    options = {"seed": seed, "trellis_states": states, "scale": "unbiased-rows", "centred_bits": ()}
     config = OrbitQuantConfig(bits, **options)
     if config.label not in variant.bits:
         raise ConfigError(f"variant {name} is for {' and '.join(variant.bits)}, not for {config.label}")

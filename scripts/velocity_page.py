@@ -13,8 +13,11 @@ from scripts.velocity import ALL, BITS, ORACLE, PAPER, SHARED, TEXT, Run
 
 Row = dict[str, Any]
 TITLES = {PAPER: "the paper's recipe"} | {name: variant.title for name, variant in VARIANTS.items()}
-BASE, IN_TABLE = "orbitdit-rows", {"base": "orbitdit-rows", "token-constant": "orbitdit"}
-"""Variants that the table of all methods has, as methods."""
+BASE = "orbitdit-rows"
+IN_TABLE = {("base", bits): BASE for bits in BITS}
+IN_TABLE |= {("token-constant", bits): "orbitdit-uncentred" if "A3" in bits else "orbitdit" for bits in BITS}
+IN_TABLE |= {("mean-16-constant", bits): "orbitdit" for bits in BITS if "A3" in bits}
+"""Variants that the table of all methods has at some settings, as methods."""
 LAYERS = {ALL: "all layers", TEXT: "text stream"}
 
 HEAD = """## What was tried beyond
@@ -132,9 +135,9 @@ def pictures_table(tried: Sequence[Row], runs: Sequence[Row]) -> str:
     settings = [(model, bits) for model in distinct(r["model"] for r in tried) for bits in ("W3A3", "W2A4", "W2A3")]
     body = []
     for name, variant in VARIANTS.items():
-        method = IN_TABLE.get(name, name)
         cells = []
         for model, bits in settings:
+            method = IN_TABLE.get((name, bits), name)
             if (model, "", 0, FULL) not in found:
                 cells.append("-")
                 continue

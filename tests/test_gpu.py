@@ -296,19 +296,16 @@ def test_compiled_blocks_give_the_same(name):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("each", [1 << 30, 16])
 @pytest.mark.parametrize(("pictures", "count"), [(1, 137), (2, 1024), (3, 40), (2, 1)])
 @pytest.mark.parametrize(("dim", "rows"), [(1536, 208), (12288, 256)])
 @torch.no_grad()
-def test_centred_layers_on_a_grid(dim, rows, pictures, count, each, dtype, grid):
+def test_centred_layers_on_a_grid(dim, rows, pictures, count, dtype, grid):
     """What the CPU computes on the same grid, alone and beside a layer of the same input, eager and compiled."""
-    if each < count and dtype == torch.float16 and dim > 1536:
-        pytest.skip("no case of its own")
-    layers = [orbit(dim, rows, (3, 3), dtype, bias) for bias in (True, True)]
+    layers = [orbit(dim, rows, (3, 3), dtype, bias) for bias in (True, False)]
     x = tokens(pictures * count, dim, dtype).view(pictures, count, dim)
     x = (x.float() + 3 * random(pictures, 1, dim, seed=5)).to(dtype)
     for layer in layers:
-        layer.mean_tokens = each
+        layer.mean_tokens = 16
         layer.set_grid(kernels.GRIDS[grid], False)
     expected = layers[0](x)
     for layer in layers:
@@ -317,24 +314,21 @@ def test_centred_layers_on_a_grid(dim, rows, pictures, count, each, dtype, grid)
     y = layers[0](x)
     assert relative(y, expected) <= 0.03
     assert same(y, layers[0](x))
+    if dtype == BF16 and dim == 1536:
+        torch.compiler.reset()
+        assert relative(torch.compile(layers[0].forward, fullgraph=True)(x), y) <= 0.01
     share_inputs(layers)
-    outputs = [layer(x) for layer in layers]
-    assert relative(outputs[0], y) <= 0.01
-    compiled = torch.compile(layers[0].forward, fullgraph=True, backend="aot_eager")
-    assert relative(compiled(x), y) <= 0.01
+    assert relative([layer(x) for layer in layers][0], y) <= 0.01
 
 
 @pytest.mark.parametrize("before", ["gelu", "layer_norm", "silu", "rms_norm"])
 @torch.no_grad()
 def test_centred_layers_behind_what_comes_before(before, grid):
-    layer = orbit(1536, 208, (2, 4))
-    layer.mean_tokens = 1 << 30
+    layer = orbit(1536, 208, (2, 3))
+    layer.mean_tokens = 16
     layer.set_grid(kernels.GRIDS[grid], False)
-    x, extras = before_encoding(before, 2 * 700, 1536, batch=2)
-    norm = before in reference.NORM_EPSILONS
-    x, extras = x.reshape(2, 700, -1), [t if norm else t.reshape(2, 700, -1) for t in extras]
-    flat = [t.reshape(-1, t.shape[-1]) for t in (x, *extras)]
-    made = reference.apply_before(flat[0], before, flat[1:]).view(2, 700, 1536)
+    x, extras = before_encoding(before, 2 * 70, 1536, batch=2)
+    made = reference.apply_before(x, before, extras).view(2, 70, 1536)
     expected = layer(made)
-    y = layer.cuda().after(before, x.cuda(), *(t.cuda() for t in extras))
+    y = layer.cuda().after(before, x.reshape(2, 70, -1).cuda(), *(t.cuda() for t in extras))
     assert relative(y, expected) <= 0.03

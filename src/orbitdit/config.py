@@ -23,10 +23,9 @@ CODEBOOKS = ("trellis", "scalar")
 TRELLIS_BITS = (2, 3, 4)
 TRELLIS_STATES = (8, 10, 12)
 """What there are trellises for: bits a weight, and log2 of the number of states."""
-PICTURE = 1 << 30
-MEAN_TOKENS = {3: 16, 4: PICTURE}
-"""Consecutive tokens that share a mean, by the activation bits at which they can be centred (see `kernels.centring`):
-at 3 bits so many, at 4 bits all of a picture."""
+CENTRED_BITS, MEAN_TOKENS = (3, 4), 16
+"""The activation bits at which tokens can be centred, and how many consecutive ones share a mean (see
+`kernels.centring`)."""
 
 
 class Recipe(NamedTuple):
@@ -38,7 +37,7 @@ class Recipe(NamedTuple):
     trellis_states: int = 12
 
 
-RECIPES = {"best": Recipe("unbiased", (2, 3), (3, 4)), "paper": Recipe("norm", (), ())}
+RECIPES = {"best": Recipe("unbiased", (2, 3), (3,)), "paper": Recipe("norm", (), ())}
 """At 4 bits a trellis halves the weights' error too, but pictures came no closer (24 prompts of the embedded model)."""
 
 
@@ -79,8 +78,8 @@ class OrbitQuantConfig:
             tokens', and "unbiased-rows" only the weights' (see `quantize`).
         trellis_bits: the bits (2, 3, 4) at which weights are trellis codes (see `trellis`), not scalar ones, in layers
             with bits from a rule too; the paper's recipe has none, the best one 2 and 3.
-        centred_bits: the activation bits (3, 4) at which tokens are centred (see `kernels.centring`), in layers with bits
-            from a rule too: 3 less the mean of 16 tokens, 4 less that of a picture. The paper's recipe has none.
+        centred_bits: the activation bits (3, 4) at which tokens are encoded less the mean of 16, which takes time (see
+            `kernels.centring`), in layers with bits from a rule too; the paper's recipe has none, the best one 3.
         trellis_states: L, for trellises of 2^L states: 8, 10 or 12. More states, less error, longer quantizing.
         seed: seed of the rotations, 0 <= seed < 2**64.
         rules: (glob, action) pairs over module names, tried before the built-in policy, first match first. An
@@ -119,7 +118,7 @@ class OrbitQuantConfig:
         self._settle(**chosen._asdict())
         _check_choice("scale", self.scale, SCALES)
         _check_choice("trellis_states", self.trellis_states, TRELLIS_STATES)
-        for name, allowed in (("trellis_bits", TRELLIS_BITS), ("centred_bits", tuple(MEAN_TOKENS))):
+        for name, allowed in (("trellis_bits", TRELLIS_BITS), ("centred_bits", CENTRED_BITS)):
             object.__setattr__(self, name, _check_bits_list(name, getattr(self, name), allowed))
         if not isinstance(self.rules, Sequence) or isinstance(self.rules, str):
             raise ConfigError(f"rules={self.rules!r} is not a list of (glob, action) pairs")
@@ -139,8 +138,8 @@ class OrbitQuantConfig:
         return self.trellis_states if weight_bits in self.trellis_bits else 0
 
     def mean_tokens(self, activation_bits: int) -> int:
-        """How many consecutive tokens of so many bits share a mean that is kept apart, PICTURE for all; 0 for none."""
-        return MEAN_TOKENS[activation_bits] if activation_bits in self.centred_bits else 0
+        """How many consecutive tokens of so many bits share a mean that is kept apart; 0 for none."""
+        return MEAN_TOKENS if activation_bits in self.centred_bits else 0
 
     @property
     def label(self) -> str:

@@ -72,7 +72,7 @@ def _ready(x: Tensor, layers: Iterable[nn.Module], bypassed: Iterable[nn.Module]
     for layer in layers:
         if type(layer) is not OrbitLinear or layer.grid_for(x) == EXACT:
             return False
-        if 0 < layer.mean_tokens < x.shape[-2]:  # means of a few tokens each are taken of what is encoded
+        if layer.mean_tokens:  # means are of what is encoded
             return False
     for module in (*layers, *bypassed):
         if is_hooked(module) or module._forward_pre_hooks or module._forward_hooks:

@@ -9,8 +9,8 @@ The forward pass is, with n_i and t the norms of row i and of the token,
     y_i = n_i * t * <c_W(i), c_A> + bias_i        (OrbitQuant, arXiv 2607.02461; for n_i also see `quantize`)
 
 in the steps of `kernels`: encode the tokens, decode the codes, multiply. Tokens may be centred: the sum is of what is
-left of them after a mean that they share, and of the mean (see `kernels.centring`). Which grid the centroids lie on is a matter of
-the device that runs the layer, and no part of a checkpoint.
+left of them after a mean that they share, and of the mean (see `kernels.centring`). Which grid the centroids lie on is
+a matter of the device that runs the layer, and no part of a checkpoint.
 """
 
 import threading
@@ -271,7 +271,7 @@ class OrbitLinear(_PackedLinear):
 
         tokens, each = x.reshape(-1, self.in_features), kernels.mean_tokens(x, self.mean_tokens)
         if each:
-            count, means = x.shape[-2], centring.token_means(x, "", (), each)
+            count, means = x.shape[-2], centring.token_means(x, each)
             y = product(centring.less_means(tokens, means, count, each), self.bias, self.activation_bits)
             y = centring.add_means(y, product(means, None, MEAN_BITS) * self.mean_gain, count, each)
         else:

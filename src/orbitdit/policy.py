@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from orbitdit.config import PICTURE, OrbitQuantConfig, parse_bits
+from orbitdit.config import OrbitQuantConfig, parse_bits
 from orbitdit.errors import ConfigError
 from orbitdit.packing import GROUP, packed_width
 
@@ -135,8 +135,7 @@ class LayerPlan:
         """How a quantized layer is coded: "trellis 2^12, unbiased, centred by 16" or "scalar, norm"; else empty."""
         if self.action != "quantize":
             return ""
-        by = "picture" if self.mean_tokens == PICTURE else self.mean_tokens
-        centred = f", centred by {by}" if self.mean_tokens else ""
+        centred = f", centred by {self.mean_tokens}" if self.mean_tokens else ""
         return f"{f'trellis 2^{self.states}' if self.states else 'scalar'}, {self.scale}{centred}"
 
 

@@ -102,8 +102,8 @@ def project(
     dispatcher, where nothing listens in on it.
     """
     each = mean_tokens(x, each)
-    if before and 0 < each < x.shape[-2]:
-        x, before, extras = _tokens(x, before, extras).view(*x.shape[:-1], -1), "", ()  # a mean needs them before
+    if before and each:  # means are of what is encoded
+        x, before, extras = _tokens(x, before, extras).view(*x.shape[:-1], -1), "", ()
     encoding = activation_bits, seed, grid, before, extras, each, mean_gain
     arguments = x, weights, scales, biases, weight_bits, weight_states, *encoding
     if x.is_cuda:
@@ -168,8 +168,8 @@ def _rows_fake(x, codes, *_):
 
 
 def mean_tokens(x: torch.Tensor, each: int) -> int:
-    """`each` for inputs that have pictures of tokens, else 0."""
-    return each if x.ndim > 2 and x.numel() else 0
+    """`each`, at most all tokens of a picture, for inputs that have pictures of tokens; else 0."""
+    return min(each, x.shape[-2]) if each and x.ndim > 2 and x.numel() else 0
 
 
 def _flat(x):
@@ -184,16 +184,11 @@ def _tokens(x, before, extras):
 
 def _with_means(multiply, tokens, means, biases, x, each):
     """The outputs of one or more weights side by side: `multiply` takes encoded tokens, which are values and scales,
-    and a bias or None for each weight. `means`, encoded too, are those of `each` tokens of `x`, if that is not 0.
-
-    The product of a lone mean is a bias of the others, where there is one weight.
-    """
+    and a bias or None for each weight. `means`, encoded too, are those of `each` tokens of `x`, if that is not 0."""
     if not each:
         return multiply(tokens, biases)
-    of_means = multiply(means, biases)
-    if len(of_means) == 1 and len(biases) == 1:
-        return multiply(tokens, [of_means[0]])
-    return centring.add_means(multiply(tokens, [None] * len(biases)), of_means, x.shape[-2], each)
+    y = multiply(tokens, [None] * len(biases))
+    return centring.add_means(y, multiply(means, biases), x.shape[-2], each)
 
 
 def _encode_on_cpu(x, activation_bits, seed, grid, before, extras, each, mean_gain):
@@ -201,14 +196,26 @@ def _encode_on_cpu(x, activation_bits, seed, grid, before, extras, each, mean_ga
     tokens, code = _tokens(x, before, extras), (_seed(seed), _NAMES[grid])
     if not each:
         return cpu.rotate_encode(tokens, activation_bits, *code), None
-    means = centring.token_means(x, before, extras, each)
+    means = centring.token_means(x, each)
     values, scales = cpu.rotate_encode(means, centring.MEAN_BITS, *code)
     tokens = centring.less_means(tokens, means, x.shape[-2], each)
     return cpu.rotate_encode(tokens, activation_bits, *code), (values, scales * mean_gain)
 
 
 def _project_on_cpu(
-    x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras, each, mean_gain
+    x,
+    weights,
+    scales,
+    biases,
+    weight_bits,
+    weight_states,
+    activation_bits,
+    seed,
+    grid,
+    before,
+    extras,
+    each=0,
+    mean_gain=1.0,
 ):
     def multiply(encoded, biases):
         outputs = []
@@ -249,10 +256,9 @@ def _encode_on_cuda(
     """Tokens, and means if there are any, into the memory that is given."""
     code, means = (_seed(seed), _NAMES[grid]), None
     if each:
-        of_tokens = centring.token_means(x, before, extras, each)
-        into = mean_values, mean_scales
-        rotate_encode_cuda.rotate_encode_into(of_tokens, centring.MEAN_BITS, *code, *into, gain=mean_gain)
-        means = rotate_encode_cuda.Means(of_tokens, x.shape[-2], each)
+        rows, into = centring.token_means(x, each), (mean_values, mean_scales)
+        rotate_encode_cuda.rotate_encode_into(rows, centring.MEAN_BITS, *code, *into, gain=mean_gain)
+        means = rotate_encode_cuda.Means(rows, x.shape[-2], each)
     into = values, token_scales, None, before, [_flat(t) for t in extras]
     rotate_encode_cuda.rotate_encode_into(_flat(x), activation_bits, *code, *into, means)
 
@@ -267,7 +273,19 @@ def _encode_decode_on_cuda(
 
 
 def _project_on_cuda(
-    x, weights, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras, each, mean_gain
+    x,
+    weights,
+    scales,
+    biases,
+    weight_bits,
+    weight_states,
+    activation_bits,
+    seed,
+    grid,
+    before,
+    extras,
+    each=0,
+    mean_gain=1.0,
 ):
     """Weights that are decoded alike are multiplied together. What is decoded lives until the product is queued;
     torch's allocator hands the memory to the next layer."""
@@ -317,7 +335,20 @@ def _scaled_together(x, weights, biases, weight_bits, weight_states, before, ext
 
 
 def _project_e4m3(
-    encode_decode, x, codes, scales, biases, weight_bits, weight_states, activation_bits, seed, grid, before, extras, each, mean_gain
+    encode_decode,
+    x,
+    codes,
+    scales,
+    biases,
+    weight_bits,
+    weight_states,
+    activation_bits,
+    seed,
+    grid,
+    before,
+    extras,
+    each,
+    mean_gain,
 ):
     """`project` in one encoding, one decoding and one product, or two of them where there are means; `encode_decode`
     is the op or what it calls."""
