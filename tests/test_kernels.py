@@ -132,13 +132,32 @@ def test_tokens_less_their_means(dim, each, dtype):
     assert flips(found, centring.less_means(x, rows, 5, each), 3, "e4m3") <= 3 + FLIPS[3] * x.numel()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens_each", "each"), [(5, 2), (5, 5), (32, 16), (33, 16)])
+@pytest.mark.parametrize("dim", [16, 1920])
+def test_means_of_tokens(dim, tokens_each, each, dtype):
+    """Rounded once of fp32 sums; a token that is spoilt counts as zero where it is."""
+    x = tokens(3 * tokens_each, dim, dtype).view(3, tokens_each, dim)
+    x[1, 0, 3], x[2, -1, 5] = torch.nan, torch.inf
+    count = centring.groups(tokens_each, each)
+    found = torch.full((3 * count, dim), -7, dtype=dtype)
+    blocks = -(-3 * count * dim // 8 // 128)
+    defines = {"HALF": int(dtype == torch.float16), "THREADS": 128}
+    sizes = [3 * count, dim // 8, tokens_each, count, each]
+    launch("means.cu", "token_means", (blocks, 1, 1), 128, 0, [x, found, *sizes], defines)
+    expected = centring.token_means(x, each)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-5)
+
+
 @pytest.mark.parametrize("before", ["gelu", "layer_norm"])
 def test_what_precedes_the_encoding_is_read_as_what_it_is(before, monkeypatch):
     """Other dtypes (a modulation in fp32), other strides and parts of tensors: the kernel reads 16-bit rows."""
     x, read = tokens(6, 64), []
     extras = [random(2, 200, seed=seed)[:, 1:65] for seed in (7, 8)] if before == "layer_norm" else [random(6, 16).T.T]
 
-    def launch(x_at, values, scales, count, *more):
+    def launch(x_at, values, scales, count, gain, *more):
+        assert gain == 1
         places = [(x_at, 64, 6, 64)]
         if before == "layer_norm":
             places += [(at, more[2], 2, 64) for at in more[:2]]

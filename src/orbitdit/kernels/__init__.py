@@ -29,6 +29,7 @@ from orbitdit.kernels import centring, cpu, reference
 from orbitdit.kernels import decode as decode_cuda
 from orbitdit.kernels import int4_linear as int4_cuda
 from orbitdit.kernels import matmul as matmul_cuda
+from orbitdit.kernels import means as means_cuda
 from orbitdit.kernels import rotate_encode as rotate_encode_cuda
 from orbitdit.kernels import viterbi as viterbi_cuda
 
@@ -256,7 +257,7 @@ def _encode_on_cuda(
     """Tokens, and means if there are any, into the memory that is given."""
     code, means = (_seed(seed), _NAMES[grid]), None
     if each:
-        rows, into = centring.token_means(x, each), (mean_values, mean_scales)
+        rows, into = means_cuda.token_means(x, each), (mean_values, mean_scales)
         rotate_encode_cuda.rotate_encode_into(rows, centring.MEAN_BITS, *code, *into, gain=mean_gain)
         means = rotate_encode_cuda.Means(rows, x.shape[-2], each)
     into = values, token_scales, None, before, [_flat(t) for t in extras]

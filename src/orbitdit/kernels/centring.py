@@ -44,6 +44,8 @@ def less_means(x: Tensor, means: Tensor, tokens: int, each: int) -> Tensor:
 def add_means(y: Tensor, of_means: Tensor, tokens: int, each: int) -> Tensor:
     """Outputs (pictures * tokens, rows) plus those of the means (pictures * groups, rows): written to `y` itself where
     the means are of as many tokens each, unless a compiler looks on."""
-    if torch.compiler.is_compiling() or tokens % each:
+    if tokens % each:
         return y + spread(of_means, tokens, each)
-    return y.view(len(of_means), each, y.shape[1]).add_(of_means[:, None]).view(y.shape)
+    of_each = y.view(len(of_means), each, y.shape[1])
+    add = of_each.add if torch.compiler.is_compiling() else of_each.add_
+    return add(of_means[:, None]).view(y.shape)
