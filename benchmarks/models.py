@@ -76,7 +76,7 @@ PROVIDERS = {
     "torchao float8 compiled": Provider(torchao_float8, 0.3, "e4m3", compiled=True),
     "W4A4": Provider(ours("w4a4"), 0.6, "e4m3", compiled=False),
     "W2A4 trellis compiled": Provider(ours("w2a4"), 1.0, "e4m3", compiled=True),
-    "W2A4 trellis centred compiled": Provider(ours("w2a4", centred_bits=(3, 4)), 1.0, "e4m3", compiled=True),
+    "W2A4 trellis uncentred compiled": Provider(ours("w2a4", centred_bits=()), 1.0, "e4m3", compiled=True),
     "W2A3 trellis compiled": Provider(ours("w2a3"), 1.0, "e4m3", compiled=True),
     "W2A4 trellis 2^10": Provider(ours("w2a4", trellis_states=10), 1.0, "e4m3", compiled=False),
     "W2A4 trellis 2^8": Provider(ours("w2a4", trellis_states=8), 1.0, "e4m3", compiled=False),

@@ -52,7 +52,7 @@ OURS: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Methods of this package: what OrbitQuantConfig takes beside bits and seed, and the number grid: as anybody gets it,
 but the paper's recipe in the paper's arithmetic."""
-ONLY_AT = {"orbitdit-centred": ("W2A4", "W4A4"), "orbitdit-uncentred": ("W3A3", "W2A3")}
+ONLY_AT = {"orbitdit-centred": ("W4A4",), "orbitdit-uncentred": ("W2A4", "W3A3", "W2A3")}
 """Settings at which a method is another one than "orbitdit"."""
 TITLES = {
     FULL: "full precision",

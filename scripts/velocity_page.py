@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.report import distinct, spread, table
-from scripts.quality import FULL
+from scripts.quality import FULL, ONLY_AT
 from scripts.variants import VARIANTS
 from scripts.velocity import ALL, BITS, ORACLE, PAPER, SHARED, TEXT, Run
 
@@ -15,8 +15,8 @@ Row = dict[str, Any]
 TITLES = {PAPER: "the paper's recipe"} | {name: variant.title for name, variant in VARIANTS.items()}
 BASE = "orbitdit-rows"
 IN_TABLE = {("base", bits): BASE for bits in BITS}
-IN_TABLE |= {("token-constant", bits): "orbitdit-uncentred" if "A3" in bits else "orbitdit" for bits in BITS}
-IN_TABLE |= {("mean-16-constant", bits): "orbitdit" for bits in BITS if "A3" in bits}
+IN_TABLE |= {("mean-16-constant", bits): "orbitdit" for bits in ONLY_AT["orbitdit-uncentred"]}
+IN_TABLE |= {("token-constant", bits): "orbitdit-uncentred" for bits in ONLY_AT["orbitdit-uncentred"]}
 """Variants that the table of all methods has at some settings, as methods."""
 LAYERS = {ALL: "all layers", TEXT: "text stream"}
 

@@ -38,7 +38,8 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {"best": Recipe("unbiased", (2, 3), (3,)), "paper": Recipe("norm", (), ())}
-"""At 4 bits a trellis halves the weights' error too, but pictures came no closer (24 prompts of the embedded model)."""
+"""At 4 bits a trellis halves the weights' error too, but pictures came no closer (24 prompts of the embedded model). Tokens
+of 4 bits are centred, too, beside weights of 2 bits: there it is worth its time (docs/quality.md)."""
 
 
 class QuantMethod(str, Enum):
@@ -79,7 +80,8 @@ class OrbitQuantConfig:
         trellis_bits: the bits (2, 3, 4) at which weights are trellis codes (see `trellis`), not scalar ones, in layers
             with bits from a rule too; the paper's recipe has none, the best one 2 and 3.
         centred_bits: the activation bits (3, 4) at which tokens are encoded less the mean of 16, which takes time (see
-            `kernels.centring`), in layers with bits from a rule too; the paper's recipe has none, the best one 3.
+            `kernels.centring`), in layers with bits from a rule too; the paper's recipe has none, the best one 3, and 4
+            too for `weight_bits` of 2.
         trellis_states: L, for trellises of 2^L states: 8, 10 or 12. More states, less error, longer quantizing.
         seed: seed of the rotations, 0 <= seed < 2**64.
         rules: (glob, action) pairs over module names, tried before the built-in policy, first match first. An
@@ -115,6 +117,8 @@ class OrbitQuantConfig:
             if self.trellis_bits is not None:
                 raise ConfigError("give either codebook ('trellis' or 'scalar') or trellis_bits, not both")
             chosen = chosen._replace(trellis_bits=_bits_of(codebook, self.weight_bits))
+        if chosen.centred_bits and self.weight_bits == 2:
+            chosen = chosen._replace(centred_bits=CENTRED_BITS)
         self._settle(**chosen._asdict())
         _check_choice("scale", self.scale, SCALES)
         _check_choice("trellis_states", self.trellis_states, TRELLIS_STATES)
