@@ -7,10 +7,10 @@ orthogonal transform of the inputs in front of the recipe's own rotation R, and 
     y_i = n_i * t * <c_W(i), c_A(R B x)> + bias_i
 
 with c_W(i) from R B w_i. Where a picture's mean token is kept apart, x is what is left of a token, and the mean's own
-product is added; "mean-16-constant" has become the default recipe for tokens of 3 bits. All is on the points of e4m3, as `orbitdit` computes on a GPU: products of points are
-exact, sums in fp32. The variant "base" changes nothing: its codes are those of `quantize_` with the scale
-"unbiased-rows", its outputs those of the layers, up to the order of sums. "token-constant" has become the default
-recipe, where the constant is in the rows' scales.
+product is added. All is on the points of e4m3, as `orbitdit` computes on a GPU: products of points are exact, sums in
+fp32. The variant "base" changes nothing: its codes are those of `quantize_` with the scale "unbiased-rows" and no
+tokens centred, its outputs those of the layers, up to the order of sums. "token-constant" and, where tokens are
+centred, "mean-16-constant" have become the default recipe.
 
 All variants store the same bits as the default recipe, or a little less where they are allotted; only those with
 `own_balance` store a factor for each input. They, and those with `own_mean`, are not calibration-free in the strict

@@ -98,11 +98,11 @@ def test_plan_of_the_embedded_model(run):
 
 def test_plan_says_how_weights_are_coded(run):
     rule = ("--rule", "*.ff.*=w6a6")
-    assert "Weights at 2 bits: trellis 2^12, unbiased; at 6 bits: scalar, unbiased.\n" in squeezed(
+    assert "W2A4: trellis 2^12, unbiased, centred by 16; W6A6: scalar, unbiased.\n" in squeezed(
         run("plan", "--bits", "w2a4", *rule)
     )
-    assert "Weights at 2 bits: scalar, norm.\n" in squeezed(run("plan", "--bits", "w2a4", "--recipe", "paper"))
-    assert "Weights at 4 bits: scalar, unbiased.\n" in squeezed(run("plan", "--recipe", "best"))
+    assert "W2A4: scalar, norm.\n" in squeezed(run("plan", "--bits", "w2a4", "--recipe", "paper"))
+    assert "W4A4: scalar, unbiased.\n" in squeezed(run("plan", "--recipe", "best"))
 
 
 def squeezed(result):

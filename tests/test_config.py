@@ -21,25 +21,27 @@ FULL = OrbitQuantConfig(
 )
 FULL_DICT = {
     "quant_method": "orbitdit",
-    "format_version": 3,
+    "format_version": 4,
     "weight_bits": 2,
     "activation_bits": 16,
     "modulation_bits": 16,
     "scale": "norm",
     "trellis_bits": [2, 4],
     "trellis_states": 10,
+    "centred_bits": [3, 4],
     "seed": 18446744073709551615,
     "rules": [["*.ff.*", "w6a8"], ["proj_out", "int4"], ["a[!b]?", "keep"]],
 }
 DEFAULT_DICT = {
     "quant_method": "orbitdit",
-    "format_version": 3,
+    "format_version": 4,
     "weight_bits": 4,
     "activation_bits": 4,
     "modulation_bits": 4,
     "scale": "unbiased",
     "trellis_bits": [2, 3],
     "trellis_states": 12,
+    "centred_bits": [3],
     "seed": 0,
     "rules": [],
 }
@@ -121,7 +123,7 @@ def test_the_method_has_the_name_that_diffusers_looks_up():
     assert OrbitQuantConfig().quant_method is QuantMethod.ORBITDIT
     assert QuantMethod.ORBITDIT.value == "orbitdit"
     assert QuantMethod.ORBITDIT == "orbitdit"
-    assert FORMAT_VERSION == 3
+    assert FORMAT_VERSION == 4
 
 
 def test_frozen():
@@ -249,7 +251,7 @@ def test_a_format_version_that_is_none_is_damage(version):
     assert "damaged" in message
 
 
-@pytest.mark.parametrize("version", [4, 99])
+@pytest.mark.parametrize("version", [5, 99])
 def test_a_newer_format_asks_for_an_upgrade(version):
     """Before anything else: keys of a newer format are unknown to this one."""
     message = refusal(OrbitQuantConfig.from_dict, {"format_version": version, "brand_new_key": 1, "weight_bits": 1})
@@ -267,7 +269,10 @@ def test_other_methods_are_refused(method):
 def test_unknown_keys_are_named(key):
     message = refusal(OrbitQuantConfig.from_dict, {**DEFAULT_DICT, key: 4})
     assert f"unknown configuration key {key!r}" in message
-    assert "weight_bits, activation_bits, modulation_bits, scale, trellis_bits, trellis_states, seed, rules" in message
+    assert (
+        "weight_bits, activation_bits, modulation_bits, scale, trellis_bits, trellis_states, centred_bits, seed"
+        in message
+    )
 
 
 @pytest.mark.parametrize("key", ["weight_bits", "activation_bits", "modulation_bits", "seed"])
@@ -298,8 +303,10 @@ def test_recipes(bits):
 
 
 def test_what_is_given_overrides_the_recipe():
-    assert OrbitQuantConfig("w2a4", scale="norm") == OrbitQuantConfig("w2a4", recipe="paper", codebook="trellis")
-    assert OrbitQuantConfig("w2a4", codebook="scalar") == OrbitQuantConfig("w2a4", "paper", scale="unbiased")
+    paper = OrbitQuantConfig("w2a4", recipe="paper", codebook="trellis")
+    assert OrbitQuantConfig("w2a4", scale="norm", centred_bits=()) == paper
+    centred = OrbitQuantConfig("w2a4", "paper", scale="unbiased", centred_bits=[4, 3, 4])
+    assert OrbitQuantConfig("w2a4", codebook="scalar") == centred
     small = OrbitQuantConfig("w2a4", trellis_states=8)
     assert [small.states(n) for n in WEIGHT_BITS] == [8, 8, 0, 0, 0]
     four = OrbitQuantConfig("w4a4", codebook="trellis")
@@ -311,8 +318,23 @@ def test_models_of_version_1_are_the_papers():
     config = OrbitQuantConfig.from_dict(VERSION_1_DICT)
     rules = [("*.ff.*", "w3a8")]
     assert config == OrbitQuantConfig("w2a3", "paper", modulation_bits=16, seed=7, rules=rules)
-    assert config.to_dict()["format_version"] == 3
+    assert config.to_dict()["format_version"] == 4
     assert OrbitQuantConfig.from_dict({"format_version": 1}) == OrbitQuantConfig(recipe="paper")
+
+
+def test_tokens_are_centred_where_it_pays():
+    given = [(bits, OrbitQuantConfig(bits).centred_bits) for bits in ("w4a4", "w3a3", "w2a4", "w2a3", "w2a6")]
+    assert given == [("w4a4", (3,)), ("w3a3", (3,)), ("w2a4", (3, 4)), ("w2a3", (3, 4)), ("w2a6", (3, 4))]
+    config = OrbitQuantConfig("w2a4")
+    assert [config.mean_tokens(n) for n in ACTIVATION_BITS] == [16, 16, 0, 0, 0]
+    assert OrbitQuantConfig("w2a3", "paper").mean_tokens(3) == 0
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_older_models_have_no_tokens_centred(version):
+    older = OrbitQuantConfig("w2a3", "paper").to_dict() | {"format_version": version}
+    del older["centred_bits"]
+    assert OrbitQuantConfig.from_dict(older) == OrbitQuantConfig("w2a3", "paper")
 
 
 def test_models_of_version_2_have_scales_that_are_unbiased_for_rows_alone():
@@ -339,6 +361,8 @@ def test_models_of_version_2_have_scales_that_are_unbiased_for_rows_alone():
         ({"trellis_states": 12.0}, "trellis_states=12.0 is not supported; choose one of 8, 10, 12"),
         ({"trellis_states": 0}, "trellis_states=0 is not supported; choose one of 8, 10, 12"),
         ({"trellis_bits": (2, 6)}, "trellis_bits=6 is not supported; choose one of 2, 3, 4"),
+        ({"centred_bits": (6,)}, "centred_bits=6 is not supported; choose one of 3, 4"),
+        ({"centred_bits": 4}, "centred_bits=4 is not a list of bits"),
         ({"trellis_bits": 2}, "trellis_bits=2 is not a list of bits"),
         ({"trellis_bits": "23"}, "trellis_bits='23' is not a list of bits"),
     ],

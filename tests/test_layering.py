@@ -28,15 +28,17 @@ MAY_IMPORT = {
     "kernels.nvrtc": "errors",
     "kernels.reference": "codebook packing quantize rotation tables",
     "kernels.cpu": "codebook kernels.reference packing quantize rotation tables",
-    "kernels.rotate_encode": "codebook errors kernels.nvrtc kernels.reference rotation",
+    "kernels.centring": "",
+    "kernels.means": "kernels.centring kernels.nvrtc",
+    "kernels.rotate_encode": "codebook errors kernels.centring kernels.nvrtc kernels.reference rotation",
     "kernels.decode": "codebook errors kernels.nvrtc quantize",
     "kernels.matmul": "kernels.nvrtc",
     "kernels.viterbi": "errors kernels.nvrtc",
     "kernels.int4_linear": "kernels.nvrtc kernels.reference",
     "kernels": "codebook errors "
-    + "kernels.cpu kernels.decode kernels.int4_linear kernels.matmul kernels.reference kernels.rotate_encode "
-    + "kernels.viterbi trellis",
-    "linear": "config errors kernels kernels.reference packing quantize trellis",
+    + "kernels.centring kernels.cpu kernels.decode kernels.int4_linear kernels.matmul kernels.means kernels.reference "
+    + "kernels.rotate_encode kernels.viterbi trellis",
+    "linear": "config errors kernels kernels.centring kernels.reference packing quantize trellis",
     "fusion": "kernels kernels.reference linear",
     "model": "config errors fusion kernels linear policy quantize",
     "checkpoint": "errors",

@@ -38,8 +38,8 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {"best": Recipe("unbiased", (2, 3), (3,)), "paper": Recipe("norm", (), ())}
-"""At 4 bits a trellis halves the weights' error too, but pictures came no closer (24 prompts of the embedded model). Tokens
-of 4 bits are centred, too, beside weights of 2 bits: there it is worth its time (docs/quality.md)."""
+"""At 4 bits a trellis halves the weights' error too, but pictures came no closer (24 prompts of the embedded model).
+Tokens of 4 bits are centred, too, beside weights of 2 bits: there it is worth its time (docs/quality.md)."""
 
 
 class QuantMethod(str, Enum):
