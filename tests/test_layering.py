@@ -35,9 +35,10 @@ MAY_IMPORT = {
     "kernels.matmul": "kernels.nvrtc",
     "kernels.viterbi": "errors kernels.nvrtc",
     "kernels.int4_linear": "kernels.nvrtc kernels.reference",
-    "kernels": "codebook errors "
-    + "kernels.centring kernels.cpu kernels.decode kernels.int4_linear kernels.matmul kernels.means kernels.reference "
-    + "kernels.rotate_encode kernels.viterbi trellis",
+    "kernels.layer": "codebook errors kernels.centring kernels.cpu kernels.decode kernels.matmul kernels.means "
+    + "kernels.reference kernels.rotate_encode",
+    "kernels": "kernels.cpu kernels.decode kernels.int4_linear kernels.layer kernels.reference kernels.rotate_encode "
+    + "kernels.viterbi trellis",
     "linear": "config errors kernels kernels.centring kernels.reference packing quantize trellis",
     "fusion": "kernels kernels.reference linear",
     "model": "config errors fusion kernels linear policy quantize",

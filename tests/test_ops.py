@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from encoding_checks import same
 from orbitdit import Int4Linear, OrbitLinear, kernels, trellis
 from orbitdit.kernels import E4M3, EXACT, INT8, cpu, ops, reference
+from orbitdit.kernels.layer import project_e4m3
 from orbitdit.packing import pack
 
 BF16 = torch.bfloat16
@@ -310,7 +311,7 @@ def test_what_a_compiler_sees_of_a_product_on_e4m3(count, bias, states, each, mo
 
     monkeypatch.setattr(torch, "_scaled_mm", product)
     arguments = x, weights, scales, biases, [3] * count, [states] * count, 4, -1, E4M3
-    y = kernels._project_e4m3(ops.encode_decode, *arguments, "", (), each, 0.9)
+    y = project_e4m3(ops.encode_decode, *arguments, "", (), each, 0.9)
     expected = ops.project(x, list(weights), list(scales), *arguments[3:], "", [], each, 0.9)
     assert (y.shape, y.dtype) == (expected.shape, expected.dtype) == ((3, 5, 48 * count), torch.float16)
     torch.testing.assert_close(y, expected, rtol=2**-7, atol=6e-2 if each else 2e-2)  # of two bf16 outputs
