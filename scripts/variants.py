@@ -201,10 +201,15 @@ class Variant(NamedTuple):
 VARIANTS = {
     "base": Variant("trellis codes and unbiased rows"),
     "token-mean": Variant("mean token apart", centred=True),
-    "token-constant": Variant("token scale unbiased on average: the default recipe", unbiased_on_average),
+    "token-constant": Variant(
+        "token scale unbiased on average: the default recipe where no tokens are centred", unbiased_on_average
+    ),
     "mean-constant": Variant("mean token apart, scale unbiased on average", unbiased_on_average, centred=True),
     "mean-16-constant": Variant(
-        "mean of 16 tokens apart, scale unbiased on average", unbiased_on_average, centred=True, each=16
+        "mean of 16 tokens apart, scale unbiased on average: the default recipe here",
+        unbiased_on_average,
+        centred=True,
+        each=16,
     ),
     "block-seeds": Variant(
         "each block its own rotation, scale unbiased on average", unbiased_on_average, block_seeds=True

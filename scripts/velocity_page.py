@@ -31,25 +31,26 @@ seed, mean ± standard deviation over the seeds; the base's error itself stands 
 GUIDED = "The velocity after guidance, which the sampler follows:"
 RAW = "The velocity with and without prompt, before guidance:"
 PICTURES = """What the pictures say: the share of full precision's score less the base's from the same rotation seeds,
-and PSNR less the base's, in dB; in brackets how many seeds. The base, and the token scale that became the default
-recipe, are as they run on the GPU; the others multiply the same points, but rotate in TF32."""
+and PSNR less the base's, in dB; in brackets how many seeds. The base and the two that became the default
+recipe are as they run on the GPU; the others multiply the same points, but rotate in TF32."""
 VARIANTS_TEXT = """**What paid.** A *token scale that is unbiased on average*, as the rows' is each for itself: PSNR
 rises at every setting on both models, and the score on glyphs, most at W3A3; on the embedded model the score stays, and
 SSIM falls a little at 2 and 3 bits, for what is no longer shrunk has more noise. It is a constant that the rows' scales
 carry, takes nothing when a model runs, and is in the recipe now. The guided velocity did not tell.
 
-**What pays and is not built.** *Keeping a picture's mean token apart*, in 8 bits, lowers the guided error everywhere.
-Alone it gains nothing in pictures: the mean is then exact, what is left of the tokens shrinks, and their balance is
-off. With the unbiased scale it does on glyphs, most where tokens have 3 bits; on the embedded model PSNR rises and the
-score does not. It needs no data and no stored bits, but the mean has to be known before the first token is encoded,
-which is one more pass over each layer's input.
+*Keeping a mean of the tokens apart* lowers the guided error everywhere. Alone it gains nothing in pictures: the mean is
+then exact, what is left of the tokens shrinks, and their balance is off. With the unbiased scale it does on glyphs, and
+on the embedded model PSNR rises. A mean of 16 consecutive tokens pays more than one of the whole picture, most where
+tokens have 3 bits, and is in the recipe at these settings. It takes time in each step (see the README). At W4A4 it
+raises PSNR by another decibel and no score: it is not in the recipe there.
 
 **What needs more than weights.** Looking at pictures that the model draws without a prompt tells what weights do not:
 a bias for what quantizing makes of the mean, and channels balanced by their energy (for 16 bits more for each input of
 a layer), gain the most at 2-bit weights on glyphs. The recipe looks at nothing, so neither is in it.
 
 **What did not pay.** A search for each token's best scale raises the guided error. A second round of rotation, and
-mixing across the Hadamard blocks, change no more than another seed does. Bits allotted to layers by the norms of their
+mixing across the Hadamard blocks, change no more than another seed does. With a rotation for each block of the model
+seeds differ less, and the mean is no better. Bits allotted to layers by the norms of their
 weights do not help: weights alone tell neither means nor which channels are large."""
 LAYERS_TEXT = """Noise of the size of a 2-bit trellis' error on the weights of one kind of layer, or of one block, the
 rest in full precision; as a share of the guided error that it makes on all layers. Beside it, how much of the energy
