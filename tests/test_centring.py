@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from encoding_checks import counted, random, relative, same
-from orbitdit import OrbitLinear, OrbitQuantConfig, kernels, quantize_
+from orbitdit import OrbitLinear, OrbitQuantConfig, TensorError, kernels, quantize_
 from orbitdit.codebook import kept
 from orbitdit.kernels import E4M3, EXACT, INT8, centring
 from orbitdit.kernels.reference import apply_before, exact_linear
@@ -134,12 +134,34 @@ def test_compiled_layers_give_the_same(grid, count):
     assert relative(compiled(x).float(), own(x).float()) < 5e-3
 
 
-def test_gradients_flow_as_without_means():
-    own, x = layer(), pictures(2, 40).requires_grad_()
-    own(x).square().sum().backward()
-    assert x.grad is not None
-    assert x.grad.isfinite().all()
-    assert x.grad.any()
+@pytest.mark.parametrize("count", [40, 48])
+def test_gradients_are_near_those_without_means(count):
+    own, found = layer(), []
+    for own.mean_tokens in (16, 0):
+        x = pictures(2, count).requires_grad_()
+        own(x).square().sum().backward()
+        found.append(x.grad)
+    assert relative(*found) < 0.3
+
+
+@pytest.mark.parametrize("grid", [E4M3, INT8])
+@torch.no_grad()
+def test_products_of_means_have_a_factor_on_every_grid(grid):
+    own, x = layer(), pictures(2, 40).bfloat16()
+    own.mean_gain = 0.5
+    own.set_grid(EXACT, False)
+    expected = own(x).float()
+    own.set_grid(grid, False)
+    assert relative(own(x).float(), expected) < 0.06
+    own.mean_gain = 1.0
+    assert relative(own(x).float(), expected) > 0.3
+
+
+def test_the_op_refuses_means_of_what_is_not_encoded():
+    own, x = layer(), pictures(2, 40).bfloat16()
+    arguments = [own.codes], [own.scales], [own.bias], [2], [0], 3, 7, INT8, "gelu", [], 16, 1.0
+    with pytest.raises(TensorError, match="means are of what is encoded: apply 'gelu' to the tokens first"):
+        kernels.ops.project(x, *arguments)
 
 
 @pytest.mark.parametrize(("bits", "each"), [("w2a4", 16), ("w2a3", 16), ("w3a3", 16), ("w4a4", 0), ("w2a6", 0)])

@@ -81,6 +81,17 @@ def test_fused_blocks_give_what_the_others_give(name, dtype, used):
     assert all(m.shared_input is None or not m.shared_input.held for m in model.modules() if type(m) is OrbitLinear)
 
 
+@every_family
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_blocks_with_centred_tokens_are_not_fused(name, used):
+    model = FAMILIES[name].build().to(torch.bfloat16)
+    orbitdit.quantize_(model, OrbitQuantConfig("w4a3"), progress=False)
+    output = FAMILIES[name].run(set_grid_(model, "int8").eval())
+    assert not used
+    assert output.isfinite().all()
+
+
 def compiled(family, model):
     """The output of the model with each repeated block compiled as one graph, and the number of graphs."""
     graphs = []

@@ -27,12 +27,12 @@ CUDA = torch.device("cuda", 0)
 ENCODINGS = {"flux": 20, "z-image": 16, "wan": 14, "cogvideox": 8, "sd3": 15}
 
 
-def orbit(dim, rows, bits=(4, 4), dtype=BF16, bias=True):
+def orbit(dim, rows, bits=(4, 4), dtype=BF16, bias=True, **coding):
     linear = nn.Linear(dim, rows, bias=bias)
     linear.weight.data = random(rows, dim) / dim**0.5
     if bias:
         linear.bias.data = random(rows, seed=1)
-    return OrbitLinear.from_linear(linear.to(dtype), *bits, seed=3).eval()
+    return OrbitLinear.from_linear(linear.to(dtype), *bits, seed=3, **coding).eval()
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -302,7 +302,7 @@ def test_compiled_blocks_give_the_same(name):
 @torch.no_grad()
 def test_centred_layers_on_a_grid(dim, rows, pictures, count, dtype, grid):
     """What the CPU computes on the same grid, alone and beside a layer of the same input, eager and compiled."""
-    layers = [orbit(dim, rows, (3, 3), dtype, bias) for bias in (True, False)]
+    layers = [orbit(dim, rows, (3, 3), dtype, bias, scale="unbiased") for bias in (True, False)]
     x = tokens(pictures * count, dim, dtype).view(pictures, count, dim)
     x = (x.float() + 3 * random(pictures, 1, dim, seed=5)).to(dtype)
     for layer in layers:
@@ -326,7 +326,7 @@ def test_centred_layers_on_a_grid(dim, rows, pictures, count, dtype, grid):
 @pytest.mark.parametrize("before", ["gelu", "layer_norm", "silu", "rms_norm"])
 @torch.no_grad()
 def test_centred_layers_behind_what_comes_before(before, grid):
-    layer = orbit(1536, 208, (2, 3))
+    layer = orbit(1536, 208, (2, 3), scale="unbiased")
     layer.mean_tokens = 16
     layer.set_grid(kernels.GRIDS[grid], False)
     x, extras = before_encoding(before, 2 * 70, 1536, batch=2)

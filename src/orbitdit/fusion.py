@@ -2,9 +2,9 @@
 
 A norm with AdaLN's modulation, and the GELU or gated SiLU of a feed-forward, directly precede a quantized layer; the
 kernel that encodes its tokens can compute them on the way, and what lies between is never written to memory. A block
-that can is given a class of the same name with a forward pass of its own, which falls back to the original's wherever
-it must: on devices without kernels, for gradients, adapters and hooks, for attention processors that are not the
-model's own.
+that can is given a class of the same name with a forward pass of its own, which falls back to the original's wherever it
+must: on devices without kernels, where tokens are centred (their means are of what is encoded), for gradients, adapters
+and hooks, for attention processors that are not the model's own.
 """
 
 import inspect

@@ -102,7 +102,7 @@ class LayerPlan:
     """One layer's fate: `action` is "quantize", "int4" or "keep". Bytes count weight, scales and bias.
 
     Quantized weights are trellis codes of 2^`states` states, or scalar ones if that is 0, with the `scale` that
-    `OrbitQuantConfig` names, and `mean_tokens` of it; other layers have 0, "" and 0.
+    `OrbitQuantConfig` names, and `mean_tokens` tokens share a mean; other layers have 0, "" and 0.
     """
 
     name: str

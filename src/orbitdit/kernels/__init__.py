@@ -2,7 +2,7 @@
 
     rotate_encode   tokens -> values on a number grid and one scale a token
     decode          packed codes -> values on the grid and one scale a row
-    encode_decode   both, into memory that is given
+    encode_decode   both, and means of tokens if they are centred, into memory that is given
     project         the layer, or several on one input side by side: encode, decode, multiply
     int4_linear     weight-only INT4, for modulation
     viterbi         rows of about N(0, 1) -> trellis codes of least error, when a model is quantized

@@ -53,8 +53,14 @@ def _with_means(multiply, tokens, means, biases, x, each):
     return centring.add_means(y, multiply(means, biases), x.shape[-2], each)
 
 
+def _check_means(before, each):
+    if before and each:
+        raise TensorError(f"means are of what is encoded: apply {before!r} to the tokens first, or do not centre them")
+
+
 def _encode_on_cpu(x, activation_bits, seed, grid, before, extras, each, mean_gain):
     """Values and scales of tokens, and of means if there are any."""
+    _check_means(before, each)
     tokens, code = tokens_of(x, before, extras), (unsigned(seed), NAMES[grid])
     if not each:
         return cpu.rotate_encode(tokens, activation_bits, *code), None
@@ -116,6 +122,7 @@ def _encode_on_cuda(
     x, activation_bits, seed, grid, before, extras, each, mean_gain, values, token_scales, mean_values, mean_scales
 ):
     """Tokens, and means if there are any, into the memory that is given."""
+    _check_means(before, each)
     code, means, encode = (unsigned(seed), NAMES[grid]), None, rotate_encode_cuda.rotate_encode_into
     if each:
         rows = means_cuda.token_means(x, each)
