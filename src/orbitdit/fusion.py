@@ -1,10 +1,10 @@
 """Blocks of diffusers' models whose norms and activations run inside the encoding of the layer that follows.
 
 A norm with AdaLN's modulation, and the GELU or gated SiLU of a feed-forward, directly precede a quantized layer; the
-kernel that encodes its tokens can compute them on the way, and what lies between is never written to memory. A block that
-can is given a class of the same name with a forward pass of its own, which falls back to the original's where it must:
-on devices without kernels, where tokens are centred (their means are of what is encoded), for gradients, adapters and
-hooks, for attention processors that are not the model's own.
+kernel that encodes its tokens can compute them on the way, and what lies between is never written to memory. A block
+that can is given a class of the same name with a forward pass of its own, which falls back to the original's where it
+must: on devices without kernels, where tokens are centred (their means are of what is encoded), for gradients, adapters
+and hooks, for attention processors that are not the model's own.
 """
 
 import inspect
