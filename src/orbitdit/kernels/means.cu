@@ -18,7 +18,8 @@ KERNEL void __launch_bounds__(THREADS) token_means(const uint4* __restrict__ x, 
                                                    int vectors, int picture_tokens, int groups, int each) {
   const int at = blockIdx.x * THREADS + threadIdx.x, mean = at / vectors, v = at - mean * vectors;
   if (mean >= means) return;
-  const int picture = mean / groups, first = (mean - picture * groups) * each, count = min(each, picture_tokens - first);
+  const int picture = mean / groups, first = (mean - picture * groups) * each;
+  const int count = min(each, picture_tokens - first);
   const uint4* const from = x + (static_cast<i64>(picture) * picture_tokens + first) * vectors + v;
   float sum[8] = {};
 #pragma unroll 8
