@@ -26,6 +26,7 @@ def dtype_of(grid: int) -> torch.dtype:
 
 
 def unsigned(number: int) -> int:
+    """Inverse of `signed`."""
     return number % (1 << 64)
 
 

@@ -86,12 +86,9 @@ def rotate_encode(
     tile: Tile | None = None,
     before: str = "",
     extras: Sequence[Tensor] = (),
-    means: Means | None = None,
-    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Values (tokens, dim) on the grid and scales (tokens,) fp32 of bf16 or fp16 `x` (tokens, channels), `before` which
-    something may come, less their `means`; see reference.py and centring.py. `extras` and means are read in the dtype
-    of `x`; scales are multiplied by `gain`.
+    something may come; see reference.py. `extras` are read in the dtype of `x`.
 
     Raises TensorError for other dtypes and for widths that `supported` refuses.
     """
@@ -100,7 +97,7 @@ def rotate_encode(
     shape = (x.shape[0], encoded_width(x, before, extras))
     values = torch.empty(shape, dtype=GRID_DTYPES[grid], device=x.device)
     scales = torch.empty(shape[0], dtype=torch.float32, device=x.device)
-    rotate_encode_into(x, bits, seed, grid, values, scales, tile, before, extras, means, gain)
+    rotate_encode_into(x, bits, seed, grid, values, scales, tile, before, extras)
     return values, scales
 
 
@@ -117,7 +114,8 @@ def rotate_encode_into(
     means: Means | None = None,
     gain: float = 1.0,
 ) -> None:
-    """`rotate_encode` into contiguous `values` (tokens, dim) and `scales` of as many numbers as tokens."""
+    """`rotate_encode`, of tokens less their `means` and with scales times `gain`, into contiguous `values` (tokens,
+    dim) and `scales` of as many numbers as tokens. Means are read in the dtype of `x`."""
     tokens, dim = values.shape
     if not tokens:
         return
