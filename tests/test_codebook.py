@@ -115,9 +115,9 @@ def test_three_dimensions_are_uniform(bits):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_million_dimensions_are_normal(bits):
     """Same figures as at dim 15360, in units of the standard deviation, up to the densities' difference."""
-    start = time.perf_counter()
+    start = time.thread_time()
     large = numpy_codebook(1_000_000, bits)
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
     np.testing.assert_allclose(large[0] * 1000, numpy_codebook(15360, bits)[0] * np.sqrt(15360), rtol=1e-3)
     assert oracle.mean_squared_error(10**6, *large) == pytest.approx(
         oracle.mean_squared_error(15360, *numpy_codebook(15360, bits)), rel=2e-3
@@ -125,11 +125,11 @@ def test_a_million_dimensions_are_normal(bits):
 
 
 def test_a_codebook_takes_less_than_two_seconds():
-    """Dims that no other test asks for, so that nothing comes from a cache."""
+    """Of a processor's time, whatever else runs there; dims that no other test asks for are in no cache."""
     for dim in (65, 3073, 15361, 999_999):
-        start = time.perf_counter()
+        start = time.thread_time()
         lloyd_max(dim, 8)
-        assert time.perf_counter() - start < 2, dim
+        assert time.thread_time() - start < 2, dim
 
 
 def test_the_same_codebook_every_time():

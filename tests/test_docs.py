@@ -14,7 +14,7 @@ def test_the_tables_are_up_to_date():
 
 
 def test_every_file_that_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = [part.split(")")[0] for part in text.split("](")[1:]]
     local = [name for name in named if not name.startswith("http")]
     assert len(local) > 15
