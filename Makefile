@@ -12,7 +12,7 @@ CONSTRAINTS := .venv/constraints.txt
 # Named after what was installed, so that another torch or another version of orbitdit is installed anew.
 INSTALLED := .venv/.installed-$(VERSION)-$(subst =,,$(TORCH))
 
-.PHONY: demo test lint format clean
+.PHONY: demo test wheel lint format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m scripts.check_wheel --torch '$(TORCH)'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
