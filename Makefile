@@ -1,18 +1,18 @@
 # Two commands: `make demo` and `make test`. Both make .venv and install into it first.
-# Another torch than that of constraints.txt is installed, or the first one again, by `make test TORCH=torch==2.14.1`.
+# TORCH says which torch is installed first, if not that of constraints.txt: `make test TORCH=torch==2.14.1`.
 # Waiting threads must not spin: where other processes share the cores, spinning makes torch crawl.
 export OMP_WAIT_POLICY = passive
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
-TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/orbitdit/__init__.py)
 CONSTRAINTS := .venv/constraints.txt
 # Named after what was installed, so that another torch or another version of orbitdit is installed anew.
 INSTALLED := .venv/.installed-$(VERSION)-$(subst =,,$(TORCH))
 
-.PHONY: demo test wheel lint format clean
+.PHONY: demo test coverage wheel lint format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+coverage: $(INSTALLED)
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage report
+
 wheel: $(INSTALLED)
 	$(BIN)/python -m scripts.check_wheel --torch '$(TORCH)'
 
@@ -43,4 +47,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv demo build dist
+	rm -rf .venv .coverage demo build dist
