@@ -13,7 +13,7 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from families import FAMILIES
+from families import FAMILIES, every_family
 from orbitdit import ConfigError, OrbitQuantConfig, cli, plan
 from orbitdit.integrations.folders import load_model, skeleton
 from orbitdit.shapes import MODEL_DIR
@@ -152,9 +152,8 @@ def test_plan_writes_json(run, tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_plan_needs_the_configuration_alone(run, tmp_path, name):
-    family = FAMILIES[name]
+@every_family
+def test_plan_needs_the_configuration_alone(run, tmp_path, family):
     family.build().save_config(tmp_path / "model")
     assert os.listdir(tmp_path / "model") == ["config.json"]
     code, out, err = run("plan", tmp_path / "model", "--out", "plan.json")

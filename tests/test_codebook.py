@@ -9,6 +9,7 @@ import torch
 import oracle
 from orbitdit import ConfigError, lloyd_max
 from orbitdit.codebook import kept, on_grid
+from parameters import GRID_BITS
 
 DIMS = (64, 256, 1536, 1920, 3072, 3840, 12288, 15360)
 PUBLISHED_MSE = {1: 0.36338, 2: 0.11748, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000644}
@@ -152,7 +153,7 @@ GRID_EXCESS = {
 }
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("bits", GRID_BITS)
 @pytest.mark.parametrize(("grid", "refit"), GRID_EXCESS)
 def test_a_grid_costs_little(grid, refit, bits):
     """Squared error over that of the free codebook; refitted boundaries must not do worse than the free ones."""
@@ -163,7 +164,7 @@ def test_a_grid_costs_little(grid, refit, bits):
 
 
 @pytest.mark.parametrize("dim", [16, 64, 1536, 15360])
-@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("bits", GRID_BITS)
 @pytest.mark.parametrize(("grid", "refit"), GRID_EXCESS)
 def test_codebooks_on_a_grid(grid, refit, bits, dim):
     values, scale, boundaries = on_grid(dim, bits, grid, refit)
