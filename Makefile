@@ -35,7 +35,7 @@ coverage: $(INSTALLED)
 	$(BIN)/python -m coverage report
 
 wheel: $(INSTALLED)
-	$(BIN)/python -m scripts.check_wheel --torch '$(TORCH)'
+	$(BIN)/python -m scripts.check_wheel
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -1,20 +1,23 @@
 """Build the wheel, install it into a fresh environment, and run the command line from outside the checkout.
 
-    python -m scripts.check_wheel --torch torch==2.14.1
+    python -m scripts.check_wheel
 
 First without extras, where each command must end in one line that says what to install, then with the extra
-`diffusers`, where each must do its work. --torch is the requirement for torch, otherwise that of constraints.txt.
-Exit code 1, and what a command printed, when something is not as it should be. Nothing of the checkout is written to.
+`diffusers`, where each must do its work. torch, which is gigabytes, is lent by the environment that runs this; all else
+is installed by pip. Exit code 1, and what a command printed, when something is not as it should be. Nothing of the
+checkout is written to.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.metadata import distribution, version
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "orbitdit"
@@ -31,18 +34,16 @@ COMMANDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--torch", default="", help="requirement for torch, such as torch==2.14.1")
-    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="orbitdit-wheel-") as folder:
-        check(Path(folder).resolve(), args.torch)
+        check(Path(folder).resolve())
 
 
-def check(folder: Path, torch: str) -> None:
+def check(folder: Path) -> None:
     """Everything, in the empty `folder`."""
     wheel = build(folder)
     check_contents(wheel)
-    environment = Environment(folder / "environment", constraints(folder, torch))
+    environment = Environment(folder / "environment", constraints(folder))
+    environment.borrow("torch")
     environment.install(str(wheel))
     version, place = environment.run(
         "python", "-c", "import orbitdit as o; print(o.__version__, o.__file__)"
@@ -83,12 +84,12 @@ def check_contents(wheel: Path) -> None:
     print(f"{wheel.name}: {len(packed)} files, {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
-def constraints(folder: Path, torch: str) -> Path:
-    """constraints.txt with the requirement `torch`, if there is one, in place of its own."""
+def constraints(folder: Path) -> Path:
+    """constraints.txt, with the torch of this environment."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    lines = [line for line in lines if not (torch and line.startswith("torch=="))]
+    lines = [line for line in lines if not line.startswith("torch==")]
     path = folder / "constraints.txt"
-    path.write_text("\n".join([*lines, torch]) + "\n", encoding="utf-8")
+    path.write_text("\n".join([*lines, f"torch=={version('torch')}"]) + "\n", encoding="utf-8")
     return path
 
 
@@ -99,6 +100,24 @@ class Environment:
         self.bin, self.outside, self.constraints = folder / "bin", folder / "outside", constraints
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
         self.outside.mkdir()
+        (self.packages,) = folder.glob("lib/python*/site-packages")
+
+    def borrow(self, name: str) -> None:
+        """Link the files of a package that is installed here, and of all that it needs, into the environment."""
+        todo, seen = [Requirement(name)], set()
+        while todo:
+            wanted = todo.pop()
+            found, extras = distribution(wanted.name), ("", *sorted(wanted.extras))
+            if (found.name, extras) in seen:
+                continue
+            seen.add((found.name, extras))
+            needed = (Requirement(text) for text in found.requires or ())
+            todo += (r for r in needed if not r.marker or any(r.marker.evaluate({"extra": extra}) for extra in extras))
+            for file in found.files or ():
+                link = self.packages / file
+                if ".." not in file.parts and not link.exists():  # programs, such as torchrun, are not lent
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(file.locate())
 
     def install(self, requirement: str) -> None:
         """With this interpreter's pip. Bytecode is left to the imports, which make what they need."""
