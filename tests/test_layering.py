@@ -178,7 +178,7 @@ def fresh(code: str) -> list[str]:
     """What `code` prints in a new interpreter in which every warning is an error."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=100
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
