@@ -1,35 +1,50 @@
 # Two commands: `make demo` and `make test`. Both make .venv and install into it first.
+# TORCH says which torch is installed first, if not that of constraints.txt: `make test TORCH=torch==2.14.1`.
 # Waiting threads must not spin: where other processes share the cores, spinning makes torch crawl.
 export OMP_WAIT_POLICY = passive
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/orbitdit/__init__.py)
+CONSTRAINTS := .venv/constraints.txt
+# Named after what was installed, so that another torch or another version of orbitdit is installed anew.
+INSTALLED := .venv/.installed-$(VERSION)-$(subst =,,$(TORCH))
 
-.PHONY: demo test lint format clean
+.PHONY: demo test coverage wheel lint format clean
 
-.venv/.installed: pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	rm -f .venv/.installed*
+	{ grep -v '^torch==' constraints.txt; echo '$(TORCH)'; } > $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --editable '.[diffusers,test,lint]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet '$(TORCH)' --constraint $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --editable '.[diffusers,test,lint]' --constraint $(CONSTRAINTS)
 	touch $@
 
-demo: .venv/.installed
+demo: $(INSTALLED)
 	rm -rf $(DEMO)
 	$(BIN)/orbitdit compare --bits w4a4 --bits w2a4 --out $(DEMO)
 
-test: .venv/.installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-lint: .venv/.installed
+coverage: $(INSTALLED)
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage report
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m scripts.check_wheel
+
+lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: .venv/.installed
+format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv demo build dist
+	rm -rf .venv .coverage demo build dist

@@ -45,7 +45,7 @@ def read(folder: Path) -> list[Row]:
     found: dict[tuple, Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
         beside: dict[tuple, dict[str, float]] = {}
-        for text in path.read_text().splitlines():
+        for text in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(text)
             case = (row["gpu"], row["suite"], row["case"])
             row["beside"] = beside.setdefault(case, {})
@@ -233,8 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     text = page(read(args.results))
     if not args.check:
-        args.page.write_text(text)
-    elif not args.page.exists() or args.page.read_text() != text:
+        args.page.write_text(text, encoding="utf-8")
+    elif not args.page.exists() or args.page.read_text(encoding="utf-8") != text:
         sys.exit(f"{args.page} is not up to date: run python benchmarks/report.py and commit it")
 
 

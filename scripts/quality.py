@@ -100,7 +100,9 @@ def runs_of(models: Iterable[str], variants: bool = False) -> list[Run]:
 
 
 def judged_world(folder: Path) -> World:
-    """The world whose pictures the pipeline in `folder` draws. Raises ConfigError for any other folder."""
+    """The world whose pictures the pipeline in `folder` draws. Raises ConfigError for any other folder, or none."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: training/README.md says how to get glyphs and glyphs-sd3")
     world = world_of(folder)
     if world is None:
         raise ConfigError(f"{folder} is no pipeline of a world of orbitdit.shapes: its pictures cannot be judged")

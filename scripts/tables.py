@@ -43,7 +43,7 @@ def families() -> str:
 
 def demo() -> str:
     """The table that the demo printed."""
-    results = json.loads((ROOT / "docs/demo/results.json").read_text())
+    results = json.loads((ROOT / "docs/demo/results.json").read_text(encoding="utf-8"))
     columns = results["results"]
     rows = [[f"right pictures: {c}", *(f"{r['scores'][c]:.2f}" for r in columns)] for c in (*CATEGORIES, "overall")]
     rows += [
@@ -111,7 +111,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def main() -> None:
     path = ROOT / "README.md"
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     new = text
     for name, make in TABLES.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -120,7 +120,7 @@ def main() -> None:
         new = pattern.sub(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", new)
     if "--check" in sys.argv[1:]:
         sys.exit(new != text)
-    path.write_text(new)
+    path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,23 @@
-"""Fixtures of several test files."""
+"""Fixtures of several test files, and what makes tests the same on every machine."""
+
+import os
 
 import pytest
 import torch
 
 from orbitdit.kernels import device_grids
+
+for setting in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
+    os.environ.pop(setting, None)  # they change the width and the colours of what the command line prints
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Tests that are not marked `gpu`, with their fixtures, run as on a machine without a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("gpu") is None:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        return (yield)
 
 
 @pytest.fixture(params=["e4m3", "int8"])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import diffusers
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -140,3 +141,5 @@ FAMILIES = {
         (25, 4, 7),
     ),
 }
+
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -16,6 +16,7 @@ from baselines.uniform import SHRINK, Activation, decode, encode, gptq, grid_of
 from orbitdit import Int4Linear, OrbitQuantConfig, evaluate, plan, quantize_
 from orbitdit.errors import ConfigError, ModelError, TensorError
 from orbitdit.shapes.prompts import benchmark
+from parameters import AWKWARD
 from tiny import tiny_pipeline
 
 
@@ -55,7 +56,7 @@ def symmetric(w, bits, ratio=1.0):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("dim", [1, 63, 137])
+@pytest.mark.parametrize("dim", AWKWARD)
 def test_rtn_is_min_max_rounding(bits, dim):
     weight, x = draw(5, dim), draw(7, dim, seed=1)
     layer = METHODS["rtn"].make(weight, statistics_of(x), (bits, 4), 0)

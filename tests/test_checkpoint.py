@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from families import FAMILIES
-from orbitdit import CheckpointError, ModelError, OrbitQuantConfig, TensorError, plan, quantize_
+from orbitdit import CheckpointError, DependencyError, ModelError, OrbitQuantConfig, TensorError, plan, quantize_
 from orbitdit.checkpoint import check_file, check_folder, find_model, new_folder, read_json, stored_dtype
 from orbitdit.integrations.folders import load_model, load_pipeline, quantize_folder, skeleton, transformers_in
+from orbitdit.shapes import MODEL_DIR
 
 FLUX = FAMILIES["flux"]
 W4A4 = OrbitQuantConfig("w4a4")
@@ -304,6 +306,16 @@ def test_unknown_classes(copy_of, name):
         message = refusal(CheckpointError, function, folder)
         assert message.startswith(str(folder))
         assert repr(name) in message
+
+
+def test_a_class_that_needs_a_missing_package_says_so(tmp_path, monkeypatch):
+    """diffusers has stand-ins for pipelines whose text encoders need transformers, when that is not installed."""
+    stand_in = type("Needy", (), {"_backends": ["torch", "no_such_package"]})
+    monkeypatch.setattr(diffusers, "Needy", stand_in, raising=False)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Needy", "transformer": ["diffusers", "X"]}')
+    shutil.copytree(MODEL_DIR / "transformer", tmp_path / "transformer")
+    with pytest.raises(DependencyError, match=r"^Needy needs no_such_package: run pip install no_such_package$"):
+        load_pipeline(tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])

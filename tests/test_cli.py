@@ -13,7 +13,7 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from families import FAMILIES
+from families import FAMILIES, every_family
 from orbitdit import ConfigError, OrbitQuantConfig, cli, plan
 from orbitdit.integrations.folders import load_model, skeleton
 from orbitdit.shapes import MODEL_DIR
@@ -152,9 +152,8 @@ def test_plan_writes_json(run, tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_plan_needs_the_configuration_alone(run, tmp_path, name):
-    family = FAMILIES[name]
+@every_family
+def test_plan_needs_the_configuration_alone(run, tmp_path, family):
     family.build().save_config(tmp_path / "model")
     assert os.listdir(tmp_path / "model") == ["config.json"]
     code, out, err = run("plan", tmp_path / "model", "--out", "plan.json")
@@ -328,17 +327,48 @@ def test_cuda_without_cuda(run, monkeypatch):
     assert os.listdir() == []
 
 
-def test_diffusers_missing(run, monkeypatch):
+EXAMPLES = {
+    "plan": (),
+    "quantize": (),
+    "generate": ("--prompt", "a circle"),
+    "compare": ("--prompt", "a circle"),
+    "evaluate": ("--prompt", "a circle"),
+}
+"""Command -> the arguments that it needs."""
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_what_is_not_installed_is_named_with_its_install_line(run, monkeypatch, command):
+    """scripts/check_wheel.py sees it in an environment that has none of them."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    for command in (["plan"], ["quantize"], ["generate", "--prompt", "a circle"], ["compare"]):
-        assert_one_line(run(*command), "pip install 'orbitdit[diffusers]'")
+    assert_one_line(run(command, *EXAMPLES[command]), "diffusers is not installed", "pip install 'orbitdit[diffusers]'")
+    assert os.listdir() == []
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(("module", "package"), cli.EXTRA.items())
+def test_modules_are_named_by_their_packages(run, monkeypatch, module, package):
+    monkeypatch.setattr(cli, "_find", failing(ModuleNotFoundError("at length", name=f"{module}.part")))
+    assert_one_line(run("plan"), f"{package} is not installed", "pip install 'orbitdit[diffusers]'")
+
+
+def test_any_other_missing_module_is_an_error_of_the_program(run, monkeypatch):
+    monkeypatch.setattr(cli, "_find", failing(ModuleNotFoundError("No module named 'other'", name="other")))
+    with pytest.raises(ModuleNotFoundError, match="other"):
+        run("plan")
 
 
 COMMANDS = typer.main.get_command(cli.app).commands
 
 
 def test_commands_and_help(run):
-    assert list(COMMANDS) == ["plan", "quantize", "generate", "compare", "evaluate"]
+    assert list(COMMANDS) == list(EXAMPLES)
     for name, command in COMMANDS.items():
         code, out, err = run(name, "--help")
         assert (code, err) == (0, "")

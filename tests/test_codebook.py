@@ -9,6 +9,7 @@ import torch
 import oracle
 from orbitdit import ConfigError, lloyd_max
 from orbitdit.codebook import kept, on_grid
+from parameters import GRID_BITS
 
 DIMS = (64, 256, 1536, 1920, 3072, 3840, 12288, 15360)
 PUBLISHED_MSE = {1: 0.36338, 2: 0.11748, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000644}
@@ -115,9 +116,9 @@ def test_three_dimensions_are_uniform(bits):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_million_dimensions_are_normal(bits):
     """Same figures as at dim 15360, in units of the standard deviation, up to the densities' difference."""
-    start = time.perf_counter()
+    start = time.thread_time()
     large = numpy_codebook(1_000_000, bits)
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
     np.testing.assert_allclose(large[0] * 1000, numpy_codebook(15360, bits)[0] * np.sqrt(15360), rtol=1e-3)
     assert oracle.mean_squared_error(10**6, *large) == pytest.approx(
         oracle.mean_squared_error(15360, *numpy_codebook(15360, bits)), rel=2e-3
@@ -125,11 +126,11 @@ def test_a_million_dimensions_are_normal(bits):
 
 
 def test_a_codebook_takes_less_than_two_seconds():
-    """Dims that no other test asks for, so that nothing comes from a cache."""
+    """Of a processor's time, whatever else runs there; dims that no other test asks for are in no cache."""
     for dim in (65, 3073, 15361, 999_999):
-        start = time.perf_counter()
+        start = time.thread_time()
         lloyd_max(dim, 8)
-        assert time.perf_counter() - start < 2, dim
+        assert time.thread_time() - start < 2, dim
 
 
 def test_the_same_codebook_every_time():
@@ -152,7 +153,7 @@ GRID_EXCESS = {
 }
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("bits", GRID_BITS)
 @pytest.mark.parametrize(("grid", "refit"), GRID_EXCESS)
 def test_a_grid_costs_little(grid, refit, bits):
     """Squared error over that of the free codebook; refitted boundaries must not do worse than the free ones."""
@@ -163,7 +164,7 @@ def test_a_grid_costs_little(grid, refit, bits):
 
 
 @pytest.mark.parametrize("dim", [16, 64, 1536, 15360])
-@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("bits", GRID_BITS)
 @pytest.mark.parametrize(("grid", "refit"), GRID_EXCESS)
 def test_codebooks_on_a_grid(grid, refit, bits, dim):
     values, scale, boundaries = on_grid(dim, bits, grid, refit)

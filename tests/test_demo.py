@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from orbitdit import OrbitQuantConfig
+from orbitdit import OrbitQuantConfig, report
 from orbitdit.cli import main
 from orbitdit.evaluate import FULL_PRECISION, Result, compare, generate
 from orbitdit.metrics import IDENTICAL_DB, psnr
-from orbitdit.report import GAP, LABEL, RIGHT, TILE, WRONG, picture_grid
+from orbitdit.report import GAP, LABEL, RIGHT, TILE, WRONG, environment, picture_grid
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import CATEGORIES, benchmark
 
@@ -71,6 +72,21 @@ def test_the_figures_are_those_of_the_plan(compared):
 
 
 LAYER_BYTES = (29975552, 7745536, 4993024)
+
+
+@pytest.mark.parametrize("told", ["2.13.0", "2.13.0+cpu", "2.14.1+cu130"])
+def test_torch_is_recorded_with_its_build(told, monkeypatch):
+    """A CUDA build of PyPI is "2.14.1" in its wheel's metadata and "2.14.1+cu130" in what it says of itself."""
+    monkeypatch.setattr(torch, "__version__", told)
+    monkeypatch.setattr(report, "version", lambda name: told.partition("+")[0])
+    assert environment()["torch"] == told
+
+
+def test_packages_that_are_not_imported_are_recorded_too(monkeypatch):
+    monkeypatch.setattr(report, "PACKAGES", ("scipy", "no-such-package"))
+    monkeypatch.delitem(sys.modules, "scipy", raising=False)
+    found = environment()
+    assert (found["scipy"], found["no-such-package"]) == (version("scipy"), "not installed")
 
 
 def test_the_grid_has_a_row_for_each_prompt_and_a_column_for_each_model(compared):

@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig
 from torch import nn
 
-from families import FAMILIES
+from families import FAMILIES, every_family
 from orbitdit import (
     ConfigError,
     Int4Linear,
@@ -23,6 +23,7 @@ from orbitdit import (
 )
 from orbitdit.config import QuantMethod
 from orbitdit.quantize import quantize_weight, token_gain
+from parameters import NOT_FINITE
 
 W4A4 = OrbitQuantConfig("w4a4")
 LIMITS = {
@@ -35,7 +36,6 @@ LIMITS = {
 """Relative errors of a forward pass: twice what was measured."""
 
 KINDS = {"quantize": OrbitLinear, "int4": Int4Linear, "keep": nn.Linear}
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 def quantized(family, config=W4A4, seed=0):
@@ -179,7 +179,7 @@ def test_train_and_eval_mode_are_carried(training):
         assert model.transformer_blocks[0].norm1.linear.training is training
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", NOT_FINITE)
 @every_family
 def test_a_bad_weight_in_the_last_layer_leaves_the_model_as_it_was(family, value):
     model = family.build()

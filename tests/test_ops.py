@@ -11,6 +11,7 @@ from orbitdit import Int4Linear, OrbitLinear, kernels, trellis
 from orbitdit.kernels import E4M3, EXACT, INT8, cpu, ops, reference
 from orbitdit.kernels.layer import project_e4m3
 from orbitdit.packing import pack
+from parameters import BACKENDS
 
 BF16 = torch.bfloat16
 
@@ -167,7 +168,7 @@ LAYERS = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own use of torch.jit
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_compiled_layers_give_the_same_for_any_number_of_tokens(name, backend):

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 import oracle
 from orbitdit import ConfigError, TensorError
 from orbitdit.packing import pack, packed_width, unpack
-
-BITS = (2, 3, 4, 6, 8)
+from parameters import AWKWARD, GRID_BITS, REAL_WIDTHS, WEIGHT_BITS
 
 GOLDEN = [
     (2, [0, 1, 2, 3], [0b11_10_01_00]),
@@ -50,7 +49,7 @@ def test_rows_start_at_their_own_byte():
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(bits=st.sampled_from(BITS), dim=st.integers(1, 300), rows=st.integers(0, 5), seed=st.integers(0, 2**32))
+@given(bits=st.sampled_from(WEIGHT_BITS), dim=st.integers(1, 300), rows=st.integers(0, 5), seed=st.integers(0, 2**32))
 def test_round_trip_at_full_density(bits, dim, rows, seed):
     codes = random_codes((rows, dim), bits, seed)
     packed = pack(codes, bits)
@@ -61,8 +60,8 @@ def test_round_trip_at_full_density(bits, dim, rows, seed):
     assert torch.equal(got, codes)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dim", [1, 2, 7, 63, 137, 199, 256])
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize("dim", [2, 7, *AWKWARD, 256])
 def test_a_reader_that_goes_bit_by_bit_agrees(dim, bits):
     codes = random_codes((3, dim), bits)
     packed = pack(codes, bits)
@@ -70,16 +69,16 @@ def test_a_reader_that_goes_bit_by_bit_agrees(dim, bits):
     np.testing.assert_array_equal(oracle.unpack(packed.numpy(), bits, dim), unpack(packed, bits, dim).numpy())
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dim", [1, 2, 3, 5, 7, 63, 137, 199])
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize("dim", [2, 3, 5, 7, *AWKWARD])
 def test_padding_bits_are_zero(dim, bits):
     last = pack(torch.full((2, dim), 2**bits - 1, dtype=torch.uint8), bits)[:, -1]
     used = (dim * bits - 1) % 8 + 1
     assert last.tolist() == [2**used - 1] * 2
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dim", [1536, 1920, 3072, 15360])
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize("dim", REAL_WIDTHS)
 def test_real_widths_are_dense(dim, bits):
     """Whole bytes for whole rows: every byte value of every position comes back."""
     codes = random_codes((4, dim), bits)
@@ -88,7 +87,7 @@ def test_real_widths_are_dense(dim, bits):
     assert torch.equal(unpack(packed, bits, dim), codes)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_non_contiguous_and_empty_inputs(bits):
     codes = random_codes((6, 40), bits)
     assert torch.equal(pack(codes.T, bits), pack(codes.T.contiguous(), bits))
@@ -111,7 +110,7 @@ def test_bits_without_a_layout_are_refused(bits):
             call()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("bits", GRID_BITS)
 def test_codes_too_large_are_refused(bits):
     codes = torch.full((2, 9), 2**bits - 1, dtype=torch.uint8)
     pack(codes, bits)

@@ -9,7 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from families import FAMILIES
+from families import every_family
 from orbitdit import OrbitQuantConfig, plan
 from orbitdit.model import quantize_
 from orbitdit.policy import Layer, build_plan
@@ -387,7 +387,7 @@ def test_modulation_bits_16_leave_users_rules_alone():
     assert list(actions(BLOCKS, config).values()) == ["kept", "INT4", "W4A4", "kept", "INT4"]
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@every_family
 def test_the_plan_does_not_depend_on_where_the_weights_are(family):
     with init_empty_weights():
         skeleton = nn.Module.to(family.cls(**family.config), torch.bfloat16)

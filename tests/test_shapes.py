@@ -299,7 +299,7 @@ def test_the_pipeline_refuses_bad_arguments(pipeline, arguments, message):
 
 
 def test_the_model_card_names_the_files_that_are_there():
-    card = (MODEL_DIR / "README.md").read_text()
+    card = (MODEL_DIR / "README.md").read_text(encoding="utf-8")
     named = dict(re.findall(r"`(\w+/[\w.]+safetensors)` \| `([0-9a-f]{64})`", card))
     files = {str(p.relative_to(MODEL_DIR)): p for p in MODEL_DIR.rglob("*.safetensors")}
     assert named == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}

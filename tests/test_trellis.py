@@ -13,9 +13,9 @@ import oracle
 from orbitdit import CheckpointError, ConfigError, trellis
 from orbitdit.kernels import cpu, reference
 from orbitdit.packing import pack
+from parameters import TRELLISES
 from training import train_trellis
 
-ALL = [(bits, states) for bits in (2, 3, 4) for states in (8, 10, 12)]
 GOLDEN = [[2, 3, 2, 2, 1, 2], [1, 0, 3, 0, 3, 2]]
 LOG = [json.loads(line) for line in (Path(__file__).parents[1] / "training/trellis_log.jsonl").read_text().splitlines()]
 
@@ -43,7 +43,7 @@ def error(z, codes, table, bits):
     return np.square(z - table[states_of(codes, bits, len(table).bit_length() - 1)]).sum(-1)
 
 
-@pytest.mark.parametrize(("bits", "states"), ALL)
+@pytest.mark.parametrize(("bits", "states"), TRELLISES)
 def test_tables_lie_on_points_that_every_device_multiplies_exactly(bits, states):
     table = trellis.table(bits, states)
     assert (table.shape, table.dtype) == ((1 << states,), torch.float64)
@@ -117,7 +117,7 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 63, 137])
-@pytest.mark.parametrize(("bits", "states"), ALL)
+@pytest.mark.parametrize(("bits", "states"), TRELLISES)
 def test_windows_and_decoding_against_the_stream_bit_by_bit(bits, states, dim):
     codes = random_codes(5, dim, bits, dim)
     expected = states_of(codes, bits, states)
@@ -154,7 +154,7 @@ def test_error_on_normal_rows(bits, most, scalar):
 def test_what_training_found():
     """One line for each table; points of both grids instead of any cost 0.2% at 2^12 states and 2 or 3 bits."""
     figures = {(line["bits"], line["states"]): line for line in LOG}
-    assert sorted(figures) == sorted(ALL)
+    assert sorted(figures) == sorted(TRELLISES)
     for (bits, states), line in figures.items():
         assert line["mse"] <= (1.002 if states == 12 and bits < 4 else 1.013) * line["mse_free"]
         assert 4.0**-bits < line["mse"] < oracle.mean_squared_error(4096, *scalar_codebook(bits))
@@ -208,7 +208,7 @@ def test_a_damaged_file_of_tables_is_refused(monkeypatch, tmp_path):
             trellis._tables.__wrapped__()
         assert "\n" not in str(caught.value)
     damaged.write_bytes(good)
-    assert len(trellis._tables.__wrapped__()) == len(ALL)
+    assert len(trellis._tables.__wrapped__()) == len(TRELLISES)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_bad_use_is_one_line(folders, tmp_path):
         (["--only", "nothing"], "--only nothing matches no run, such as shapes/paper/W3A3/0"),
         (["--per-category", "3"], "--per-category 3 is more than a batch of 12 pictures"),
         (["--model", "x"], "--model 'x' is not NAME=FOLDER"),
-        (["--model", "x=nowhere"], "nowhere is no pipeline of a world"),
+        (["--model", "x=nowhere"], "nowhere is no folder: training/README.md says how"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(out, folders, *given)

@@ -24,7 +24,7 @@ from orbitdit.model import dequantize_, plan, quantize_, set_grid_
 from orbitdit.policy import LayerPlan, Plan
 from orbitdit.rotation import Rotation
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",

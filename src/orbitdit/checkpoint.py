@@ -118,7 +118,7 @@ def find_model(model: str | None, default: Path, weights: bool = True) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises CheckpointError when it is missing or damaged."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} is missing: name a model folder in diffusers' layout") from error
     except ValueError as error:

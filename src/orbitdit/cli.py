@@ -15,7 +15,7 @@ from rich.console import Console
 
 from orbitdit.checkpoint import find_model, new_folder
 from orbitdit.config import OrbitQuantConfig
-from orbitdit.errors import CheckpointError, ConfigError, DependencyError, OrbitDiTError
+from orbitdit.errors import CheckpointError, ConfigError, OrbitDiTError
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import benchmark
 
@@ -25,6 +25,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+EXTRA = {"accelerate": "accelerate", "diffusers": "diffusers", "huggingface_hub": "huggingface-hub", "PIL": "pillow"}
+"""Modules that the extra `diffusers` brings -> the packages they come in."""
 
 
 class Device(str, Enum):
@@ -259,6 +263,11 @@ def main() -> None:
         _fail(error.format_message())
     except OrbitDiTError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRA:
+            raise
+        _fail(f"{EXTRA[module]} is not installed: run pip install 'orbitdit[diffusers]'")
     except typer.Abort:
         _fail("interrupted")
 
@@ -279,10 +288,8 @@ def _config(bits: str, seed: int, rules: list[str] | None, recipe: str | None) -
 
 
 def _find(model: str | None, weights: bool = True) -> Path:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise DependencyError("diffusers is not installed: run pip install 'orbitdit[diffusers]'") from error
+    import diffusers
+
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
     return find_model(model, MODEL_DIR, weights)

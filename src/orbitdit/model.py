@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from orbitdit.config import OrbitQuantConfig
@@ -63,6 +61,9 @@ def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True)
         check_weight(linear_named(model, row.name).weight, f"{row.name}.weight")
     rows: Iterable[LayerPlan] = todo
     if progress:
+        from rich.console import Console  # late: most of what imports orbitdit shows no progress
+        from rich.progress import track
+
         console = Console(stderr=True)
         title = f"Quantizing to {config.label}"
         rows = track(todo, title, console=console, transient=True, disable=not console.is_terminal)

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -102,7 +103,11 @@ def figures(result: Result, prompts: Sequence[str]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Versions of the packages that matter, the commit (in a checkout), Python, and the machine."""
+    """Versions of the packages that matter, the commit (in a checkout), Python, and the machine.
+
+    Versions are those that the imported packages tell: torch's says which build it is ("2.14.1+cu130"), which the
+    metadata of its wheel leaves out, and a checkout's metadata is as old as its installation.
+    """
     found = {name: _version(name) for name in PACKAGES} | {"commit": _commit()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {**found, "python": platform.python_version(), "platform": platform.machine(), "device": device}
@@ -112,7 +117,7 @@ def write_json(values: dict[str, Any], path: Path) -> None:
     """Write `values` with stable formatting; raises CheckpointError when `path` cannot be written."""
     beside = path.with_name(f".{path.name}.part")
     try:
-        beside.write_text(json.dumps(values, indent=1) + "\n")
+        beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -196,7 +201,8 @@ def _commit() -> str:
 
 
 def _version(name: str) -> str:
+    told = getattr(sys.modules.get(name), "__version__", None)
     try:
-        return version(name)
+        return str(told or version(name))
     except PackageNotFoundError:
         return "not installed"

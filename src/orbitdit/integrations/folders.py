@@ -1,6 +1,7 @@
 """Models and pipelines as folders in diffusers' layout: load them, quantize them, write them."""
 
 import importlib
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import nn
 
 from orbitdit.checkpoint import PICKLES, check_folder, new_folder, read_json, stored_dtype
 from orbitdit.config import OrbitQuantConfig
-from orbitdit.errors import CheckpointError, ModelError, OrbitDiTError
+from orbitdit.errors import CheckpointError, DependencyError, ModelError, OrbitDiTError
 from orbitdit.shapes.worlds import SHAPES, WORLDS, World
 
 OWN_PIPELINES = {"ShapesPipeline": "orbitdit.shapes.pipeline"}
@@ -81,7 +82,10 @@ def load_model(
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeline:
-    """The pipeline in `folder`: diffusers' own classes and those of OWN_PIPELINES. Raises as `load_model` does."""
+    """The pipeline in `folder`: diffusers' own classes and those of OWN_PIPELINES.
+
+    Raises as `load_model` does, and DependencyError when the class needs a package that is not installed.
+    """
     name = read_json(folder / "model_index.json").get("_class_name")
     for component in transformers_in(folder).values():
         check_folder(component)
@@ -130,8 +134,14 @@ def _model_class(folder: Path) -> Any:
 
 
 def _is_class(name: Any, base: type) -> bool:
-    """Whether diffusers has a class of this name below `base`."""
+    """Whether diffusers has a class of this name below `base`.
+
+    Raises DependencyError when a package that the class needs is not installed: diffusers has a stand-in then.
+    """
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    missing = [package for package in getattr(found, "_backends", ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        raise DependencyError(f"{name} needs {', '.join(missing)}: run pip install {' '.join(missing)}")
     return isinstance(found, type) and issubclass(found, base) and found is not base
 
 
