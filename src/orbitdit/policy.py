@@ -1,8 +1,8 @@
 """Which layer gets what: module names and shapes in, a Plan out. Rules are data; tensors are never seen.
 
 A rule is (glob, action, reason); the first that matches a layer's name decides. The user's rules come first,
-then the table of the model's class, and for a class without a table a structural rule: repeated blocks are
-quantized, modulation inside them is INT4, and everything outside them, and every embedder, is kept.
+then those of the model's family (see `families`), and for a class of no family a structural rule: repeated
+blocks are quantized, modulation inside them is INT4, and everything outside them, and every embedder, is kept.
 Source: OrbitQuant, arXiv 2607.02461 (which layers), diffusers' module names.
 """
 
@@ -14,72 +14,9 @@ from typing import NamedTuple
 
 from orbitdit.config import OrbitQuantConfig, parse_bits
 from orbitdit.errors import ConfigError
+from orbitdit.families import BLOCK, FAMILIES, OUTSIDE, Rule
+from orbitdit.families import MODULATION as _MODULATION
 from orbitdit.packing import GROUP, packed_width
-
-Rule = tuple[str, str, str]
-
-_MODULATION = "AdaLN modulation"
-_BLOCK = "block"
-_OUTSIDE = "outside blocks"
-
-FAMILIES: dict[str, tuple[Rule, ...]] = {
-    "FluxTransformer2DModel": (
-        ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
-        ("transformer_blocks.*.norm1_context.linear", "int4", _MODULATION),
-        ("single_transformer_blocks.*.norm.linear", "int4", _MODULATION),
-        ("transformer_blocks.*", "quantize", _BLOCK),
-        ("single_transformer_blocks.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-    "ZImageTransformer2DModel": (
-        ("layers.*.adaLN_modulation.0", "int4", _MODULATION),
-        ("noise_refiner.*.adaLN_modulation.0", "int4", _MODULATION),
-        ("layers.*", "quantize", _BLOCK),
-        ("noise_refiner.*", "quantize", _BLOCK),
-        ("context_refiner.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-    "WanTransformer3DModel": (
-        ("blocks.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-    "CogVideoXTransformer3DModel": (
-        ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
-        ("transformer_blocks.*.norm2.linear", "int4", _MODULATION),
-        ("transformer_blocks.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-    "SD3Transformer2DModel": (
-        ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
-        ("transformer_blocks.*.norm1_context.linear", "int4", _MODULATION),
-        ("transformer_blocks.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-}
-
-_SELF_ATTENTION = ("to_q", "to_k", "to_v")
-SHARED_INPUTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "FluxTransformer2DModel": (
-        (*(f"attn.{name}" for name in _SELF_ATTENTION), "proj_mlp"),
-        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    ),
-    "ZImageTransformer2DModel": (
-        tuple(f"attention.{name}" for name in _SELF_ATTENTION),
-        ("feed_forward.w1", "feed_forward.w3"),
-    ),
-    "WanTransformer3DModel": (
-        tuple(f"attn1.{name}" for name in _SELF_ATTENTION),
-        ("attn2.to_k", "attn2.to_v"),
-        ("attn2.add_k_proj", "attn2.add_v_proj"),
-    ),
-    "CogVideoXTransformer3DModel": (tuple(f"attn1.{name}" for name in _SELF_ATTENTION),),
-    "SD3Transformer2DModel": (
-        tuple(f"attn.{name}" for name in _SELF_ATTENTION),
-        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        tuple(f"attn2.{name}" for name in _SELF_ATTENTION),
-    ),
-}
-"""Layers of a block that take the same tensor, by class; names that a block lacks are passed over."""
 
 _EMBEDDER = re.compile(r"embed|(^|\.)emb(\.|$)")
 _MODULATION_NAME = re.compile(r"(^|[._])(ada|mod|norm)", re.IGNORECASE)
@@ -199,7 +136,8 @@ def build_plan(model: str, layers: Iterable[Layer], config: OrbitQuantConfig) ->
     for glob, _ in config.rules:
         if not any(fnmatchcase(layer.name, glob) for layer in layers):
             raise ConfigError(f"rule {glob!r} matches no linear layer of {model}: see orbitdit plan for their names")
-    rules = FAMILIES.get(model) or _structural_rules(layers)
+    family = FAMILIES.get(model)
+    rules = (*family.rules, ("*", "keep", OUTSIDE)) if family and family.rules else _structural_rules(layers)
     own = tuple((glob, action, f"rule {glob!r}") for glob, action in config.rules)
     return Plan(model, config, tuple(_decide(layer, (*own, *rules), config) for layer in layers))
 
@@ -240,13 +178,13 @@ def _structural_rules(layers: Sequence[Layer]) -> tuple[Rule, ...]:
     for layer in layers:
         name, block = layer.name, _block_of(layer.name, names)
         if block is None:
-            rules.append((name, "keep", _OUTSIDE))
+            rules.append((name, "keep", OUTSIDE))
         elif _EMBEDDER.search(name):
             rules.append((name, "keep", "embedder"))
         elif _is_modulation(name[len(block) :], layer):
             rules.append((name, "int4", _MODULATION))
         else:
-            rules.append((name, "quantize", _BLOCK))
+            rules.append((name, "quantize", BLOCK))
     return tuple((re.sub(r"([*?[])", r"[\1]", name), action, reason) for name, action, reason in rules)
 
 

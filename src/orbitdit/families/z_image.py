@@ -1,0 +1,12 @@
+"""Z-Image: one stream of image and text tokens, each refined by two blocks of its own before."""
+
+from orbitdit.families import Family, blocks, modulation, qkv
+
+FAMILY = Family(
+    models=("ZImageTransformer2DModel",),
+    rules=(
+        *modulation("layers.*.adaLN_modulation.0", "noise_refiner.*.adaLN_modulation.0"),
+        *blocks("layers.*", "noise_refiner.*", "context_refiner.*"),
+    ),
+    shared=(qkv("attention"), ("feed_forward.w1", "feed_forward.w3")),
+)
