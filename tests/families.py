@@ -1,4 +1,4 @@
-"""Tiny random models of the four families and SD3, with inputs for one forward pass."""
+"""Tiny random models, one row a family, with inputs for one forward pass and what is expected of it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,12 +9,21 @@ from torch import Tensor, nn
 
 
 class Family(NamedTuple):
-    """A model class, a tiny configuration, inputs for `forward`, and the expected plan counts."""
+    """A model class, a tiny configuration, inputs for `forward`, and what is expected.
+
+    `counts` are those of the plan, `encodings` are counted by hand: those of a forward pass, and in each kind of
+    block. `errors` bounds the relative error of a forward pass by bits: twice what was measured. `fused` says how
+    often a forward pass computes something inside an encoding.
+    """
 
     cls: type[nn.Module]
     config: dict
     inputs: Callable[[], dict]
     counts: tuple[int, int, int]
+    encodings: int
+    block_encodings: set[int]
+    errors: dict[str, float]
+    fused: dict[str, int]
 
     def build(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -56,7 +65,11 @@ FAMILIES = {
             "img_ids": torch.zeros(12, 3),
             "txt_ids": torch.zeros(5, 3),
         },
-        (34, 6, 8),
+        counts=(34, 6, 8),
+        encodings=20,
+        block_encodings={8, 2},
+        errors={"w8a8": 0.01, "w4a4": 0.03, "w4a16": 0.025, "w2a4": 0.07},
+        fused={"layer_norm": 10, "gelu": 6},
     ),
     "z-image": Family(
         diffusers.ZImageTransformer2DModel,
@@ -72,7 +85,11 @@ FAMILIES = {
             "axes_lens": [256, 32, 32],
         },
         lambda: {"x": [(16, 1, 8, 8)], "t": torch.tensor([0.4]), "cap_feats": [(7, 48)]},
-        (28, 3, 6),
+        counts=(28, 3, 6),
+        encodings=16,
+        block_encodings={4},
+        errors={"w8a8": 0.05, "w4a4": 0.2, "w4a16": 0.15, "w2a4": 0.5},
+        fused={"rms_norm": 8, "silu": 4},
     ),
     "wan": Family(
         diffusers.WanTransformer3DModel,
@@ -91,7 +108,11 @@ FAMILIES = {
             "timestep": torch.tensor([300]),
             "encoder_hidden_states": (1, 6, 16),
         },
-        (20, 0, 6),
+        counts=(20, 0, 6),
+        encodings=14,
+        block_encodings={7},
+        errors={"w8a8": 0.005, "w4a4": 0.05, "w4a16": 0.04, "w2a4": 0.17},
+        fused={"layer_norm": 4, "gelu": 2},
     ),
     "cogvideox": Family(
         diffusers.CogVideoXTransformer3DModel,
@@ -113,7 +134,11 @@ FAMILIES = {
             "encoder_hidden_states": (1, 6, 16),
             "timestep": torch.tensor([500]),
         },
-        (12, 4, 5),
+        counts=(12, 4, 5),
+        encodings=8,
+        block_encodings={4},
+        errors={"w8a8": 0.006, "w4a4": 0.04, "w4a16": 0.03, "w2a4": 0.11},
+        fused={"gelu": 2},
     ),
     "sd3": Family(
         diffusers.SD3Transformer2DModel,
@@ -137,6 +162,10 @@ FAMILIES = {
             "pooled_projections": (2, 32),
             "timestep": torch.tensor([300.0, 800.0]),
         },
-        (25, 4, 7),
+        counts=(25, 4, 7),
+        encodings=15,
+        block_encodings={10, 5},
+        errors={"w8a8": 0.01, "w4a4": 0.027, "w4a16": 0.02, "w2a4": 0.076},
+        fused={"gelu": 3},
     ),
 }
