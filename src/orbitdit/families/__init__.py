@@ -45,8 +45,13 @@ def qkv(attention: str) -> tuple[str, ...]:
     return tuple(f"{attention}.to_{part}" for part in "qkv")
 
 
+def kv(attention: str) -> tuple[str, ...]:
+    """The same of a cross-attention, whose queries come from elsewhere."""
+    return tuple(f"{attention}.to_{part}" for part in "kv")
+
+
 def added_qkv(attention: str) -> tuple[str, ...]:
-    """The same of the second stream of a joint attention."""
+    """The names of the projections that share the other stream's tokens in a joint attention."""
     return tuple(f"{attention}.add_{part}_proj" for part in "qkv")
 
 
