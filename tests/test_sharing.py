@@ -114,7 +114,7 @@ def test_encodings_of_the_published_models(cls, config, layers, encodings):
         assert layer.shared_input is None or layer.shared_input.members[layer.shared_place] is layer
 
 
-@every_family
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if hasattr(family.cls, "add_adapter")])
 def test_an_adapter_on_one_projection_keeps_working_and_sharing(name):
     family, model = FAMILIES[name], quantized(name)
     before = family.run(model)
