@@ -168,4 +168,27 @@ FAMILIES = {
         errors={"w8a8": 0.01, "w4a4": 0.027, "w4a16": 0.02, "w2a4": 0.076},
         fused={"gelu": 3},
     ),
+    "pixart": Family(
+        diffusers.PixArtTransformer2DModel,
+        {
+            "num_attention_heads": 3,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "cross_attention_dim": 48,
+            "caption_channels": 16,
+            "sample_size": 8,
+        },
+        lambda: {
+            "hidden_states": (2, 4, 8, 8),
+            "encoder_hidden_states": (2, 5, 16),
+            "timestep": torch.tensor([300.0, 800.0]),
+        },
+        counts=(20, 0, 6),
+        encodings=14,
+        block_encodings={7},
+        errors={"w8a8": 0.0027, "w4a4": 0.055, "w4a16": 0.048, "w2a4": 0.13},
+        fused={"gelu": 2},
+    ),
 }
