@@ -12,6 +12,7 @@ Rule = tuple[str, str, str]
 
 MODULATION = "AdaLN modulation"
 BLOCK = "block"
+GATE = "gate"
 OUTSIDE = "outside blocks"
 
 
@@ -38,6 +39,11 @@ def blocks(*globs: str) -> tuple[Rule, ...]:
 def modulation(*globs: str) -> tuple[Rule, ...]:
     """Rules for AdaLN modulation: INT4."""
     return tuple((glob, "int4", MODULATION) for glob in globs)
+
+
+def gates(*globs: str) -> tuple[Rule, ...]:
+    """Rules for layers that give a few numbers a token, such as gates of heads and routers of experts: kept."""
+    return tuple((glob, "keep", GATE) for glob in globs)
 
 
 def qkv(attention: str) -> tuple[str, ...]:

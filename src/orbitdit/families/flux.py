@@ -1,9 +1,16 @@
-"""FLUX.1: double-stream and single-stream blocks. A single-stream block's MLP runs beside its attention."""
+"""FLUX.1 and its kin: double-stream and single-stream blocks, whose MLP runs beside the attention."""
 
 from orbitdit.families import Family, added_qkv, blocks, modulation, qkv
 
 FAMILY = Family(
-    models=("FluxTransformer2DModel",),
+    models=(
+        "FluxTransformer2DModel",
+        "FluxControlNetModel",
+        "BriaTransformer2DModel",
+        "BriaFiboTransformer2DModel",
+        "LongCatImageTransformer2DModel",
+        "OvisImageTransformer2DModel",
+    ),
     rules=(
         *modulation(
             "transformer_blocks.*.norm1.linear",

@@ -1,9 +1,9 @@
-"""PixArt: self-attention, cross-attention to text, feed-forward. One modulation for all blocks lies outside of them."""
+"""PixArt and its kin: self-attention, cross-attention to text, feed-forward; one modulation serves all blocks."""
 
 from orbitdit.families import Family, blocks, kv, qkv
 
 FAMILY = Family(
-    models=("PixArtTransformer2DModel",),
+    models=("PixArtTransformer2DModel", "AllegroTransformer3DModel"),
     rules=blocks("transformer_blocks.*"),
     shared=(qkv("attn1"), kv("attn2")),
 )
