@@ -1,6 +1,7 @@
 """Tiny random models, one row a family, with inputs for one forward pass and what is expected of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
+from types import MappingProxyType
 from typing import NamedTuple
 
 import diffusers
@@ -21,9 +22,9 @@ class Family(NamedTuple):
     inputs: Callable[[], dict]
     counts: tuple[int, int, int]
     encodings: int
-    block_encodings: set[int]
-    errors: dict[str, float]
-    fused: dict[str, int]
+    block_encodings: Set[int] = frozenset()
+    errors: Mapping[str, float] = MappingProxyType({})
+    fused: Mapping[str, int] = MappingProxyType({})
 
     def build(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
