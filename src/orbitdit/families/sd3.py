@@ -3,7 +3,7 @@
 from orbitdit.families import Family, added_qkv, blocks, modulation, qkv
 
 FAMILY = Family(
-    models=("SD3Transformer2DModel",),
+    models=("SD3Transformer2DModel", "SD3ControlNetModel"),
     rules=(
         *modulation("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear"),
         *blocks("transformer_blocks.*"),

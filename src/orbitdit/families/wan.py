@@ -12,6 +12,7 @@ FAMILY = Family(
         "WanAnimateTransformer3DModel",
         "ChronoEditTransformer3DModel",
         "SkyReelsV2Transformer3DModel",
+        "AnyFlowTransformer3DModel",
     ),
     rules=blocks("blocks.*", "vace_blocks.*", "face_adapter.*"),
     shared=(qkv("attn1"), kv("attn2"), ("attn2.add_k_proj", "attn2.add_v_proj")),
