@@ -1,4 +1,4 @@
-"""Every transformer and ControlNet of diffusers: plans are those on docs/plans.md, and structure decides as families do."""
+"""Every transformer and ControlNet of diffusers: its plan is that of docs/plans.md; structure agrees with families."""
 
 import functools
 
