@@ -21,14 +21,6 @@ from orbitdit.linear import SharedInput, share_inputs
 from orbitdit.model import dequantize_, set_grid_
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
-FUSED_LAYERS = {
-    "flux": {"layer_norm": 10, "gelu": 6},
-    "z-image": {"rms_norm": 8, "silu": 4},
-    "wan": {"layer_norm": 4, "gelu": 2},
-    "cogvideox": {"gelu": 2},
-    "sd3": {"gelu": 3},
-}
-"""How often a forward pass of the small models computes something inside an encoding."""
 
 
 @pytest.fixture
@@ -72,7 +64,7 @@ def quantized(name, dtype=torch.bfloat16):
 def test_fused_blocks_give_what_the_others_give(name, dtype, used):
     family, model = FAMILIES[name], quantized(name, dtype)
     output = family.run(model)
-    assert used == FUSED_LAYERS[name]
+    assert used == family.fused
     fusion.unfuse_blocks(model)
     used.clear()
     expected = family.run(model)
@@ -107,7 +99,7 @@ def compiled(family, model):
     return family.run(model), len(graphs)
 
 
-@every_family
+@pytest.mark.parametrize("name", ["flux", "z-image", "wan", "cogvideox", "sd3"])
 @pytest.mark.usefixtures("kernels_everywhere")
 @torch.no_grad()
 def test_compiled_fused_blocks_need_no_more_graphs(name):

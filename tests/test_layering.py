@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "codebook": "errors tables",
     "packing": "errors",
     "trellis": "config errors tables",
-    "policy": "config errors packing",
+    "families": "",
+    "policy": "config errors families packing",
     "quantize": "codebook config errors packing rotation trellis",
     "kernels.nvrtc": "errors",
     "kernels.reference": "codebook packing quantize rotation tables",
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     + "kernels.viterbi trellis",
     "linear": "config errors kernels kernels.centring kernels.reference packing quantize trellis",
     "fusion": "kernels kernels.reference linear",
-    "model": "config errors fusion kernels linear policy quantize",
+    "model": "config errors families fusion kernels linear policy quantize",
     "checkpoint": "errors",
     "integrations": "integrations.diffusers",
     "integrations.diffusers": f"{BASE} checkpoint",
@@ -77,6 +78,7 @@ NO_TORCH = {
     "errors",
     "lines",
     "config",
+    "families",
     "policy",
     "integrations",
     "shapes",
@@ -92,7 +94,10 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+TREES = {module_name(path): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+FAMILY_MODULES = {name for name in TREES if name.startswith("families.")}
+MAY_IMPORT |= dict.fromkeys(FAMILY_MODULES, "families")
+NO_TORCH |= FAMILY_MODULES
 
 
 def imported(tree: ast.AST) -> set[str]:

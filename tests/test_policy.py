@@ -271,7 +271,6 @@ STRUCTURAL = {
 
 @pytest.mark.parametrize("cls", STRUCTURAL)
 def test_the_structural_rule_and_the_plan_on_further_classes(cls):
-    """SD3 has a table of its own since its last block lacks layers that a model of two blocks then has once only."""
     counts, int4, kept = STRUCTURAL[cls]
     found = plan(on_meta(cls), W4A4)
     linears = [Layer(row.name, row.in_features, row.out_features, True) for row in found.layers]
@@ -304,10 +303,55 @@ def test_the_structural_rule_agrees_with_the_tables(name):
         (["blocks.0.time_embedding.1", "blocks.1.time_embedding.1", "x.emb.0.linear", "x.emb.1.linear"], {"kept"}),
         (["stages.0.blocks.0.to_q", "stages.0.blocks.1.to_q"], {"W4A4"}),
         (["stages.0.0.to_q", "stages.0.1.to_q"], {"W4A4"}),
+        (["blocks.0.norm1.linear", "blocks.1.norm1.linear", "blocks.0.img_mod.1", "blocks.1.img_mod.1"], {"INT4"}),
+        (["blocks.0.film.scale_bias:64:128", "blocks.1.film.scale_bias:64:128"], {"INT4"}),
+        (["blocks.0.resnet.time_emb_proj", "blocks.1.resnet.time_emb_proj"], {"kept"}),
+        (["blocks.0.to_q", "blocks.1.to_q", "blocks.0.ff_context"], {"W4A4"}),
     ],
 )
 def test_the_structural_rule_on_synthetic_models(specs, expected):
     assert set(actions(layers(*specs)).values()) == expected
+
+
+BLOCKS_WITH_ATTENTION = layers(*(f"blocks.{i}.{part}" for i in range(3) for part in ("attn.to_q", "attn.to_k", "ff")))
+
+
+@pytest.mark.parametrize(
+    ("specs", "label", "reason"),
+    [
+        (["captions.0.linear", "captions.1.linear", "captions.2.linear"], "kept", "conditioning"),
+        (["guidance.layers.0.linear_1:256:256", "guidance.layers.1.linear_1:256:256"], "kept", "conditioning"),
+        (["text.refiner.0.attn.to_q", "text.refiner.1.attn.to_q"], "kept", "conditioning"),
+        (["text.embedder.refiner.0.attn.to_q", "text.embedder.refiner.1.attn.to_q"], "kept", "embedder"),
+        (["text_refiner.0.attn.to_q", "text_refiner.1.attn.to_q"], "W4A4", "block"),
+        (["cross.0.to_q:64:128", "cross.1.to_q:64:128"], "W4A4", "block"),
+        (["mid_block.0.attn.to_q:96:96", "mid_block.1.attn.to_q:96:96"], "W4A4", "block"),
+        ([f"streams.image.{i}.{part}" for i in (0, 1) for part in ("attn.to_q", "attn.to_k", "ff")], "W4A4", "block"),
+        (["blocks.0.moe.gate:64:16", "blocks.1.moe.gate:64:16"], "kept", "gate"),
+        (["blocks.0.ff.gate:64:256", "blocks.1.ff.gate:64:256"], "W4A4", "block"),
+        (["blocks.0.attn.gate_logits:64:4", "blocks.2.attn.gate_logits:64:4"], "kept", "gate"),
+        (["blocks.2.ff_context", "blocks.2.to_add_out"], "W4A4", "block"),
+    ],
+)
+def test_repeated_lists_that_do_not_carry_the_tokens_are_kept(specs, label, reason):
+    found = build_plan("Unknown", [*BLOCKS_WITH_ATTENTION, *layers(*specs)], W4A4).layers
+    assert {(row.label, row.reason) for row in found[: len(BLOCKS_WITH_ATTENTION)]} == {("W4A4", "block")}
+    assert {(row.label, row.reason) for row in found[len(BLOCKS_WITH_ATTENTION) :]} == {(label, reason)}
+
+
+def test_a_large_network_in_a_part_of_the_model_carries_the_tokens():
+    """However deep it lies, and whatever small lists lie above it; without attention the upper lists do."""
+    large = [f"model.dit.blocks.{i}.{part}:512:512" for i in range(2) for part in ("attn.to_q", "ff")]
+    small = ["refiner.0.attn.to_q", "refiner.1.attn.to_q"]
+    assert set(actions(layers(*large, *small)).values()) == {"W4A4"}
+    plain = ["blocks.0.fc1", "blocks.1.fc1"]
+    assert actions(layers(*plain, "guide.layers.0.fc1:32:32", "guide.layers.1.fc1:32:32")) == {
+        **dict.fromkeys(plain, "W4A4"),
+        **dict.fromkeys(["guide.layers.0.fc1", "guide.layers.1.fc1"], "kept"),
+    }
+    mixers = [f"blocks.{i}.mixer:512:512" for i in range(2)]
+    found = actions(layers(*mixers, "text.layers.0.attn.q_proj", "text.layers.1.attn.q_proj"))
+    assert list(found.values()) == ["W4A4", "W4A4", "kept", "kept"]
 
 
 def test_glob_characters_in_names_stand_for_themselves():

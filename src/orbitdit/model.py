@@ -14,10 +14,11 @@ from torch import nn
 
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import ConfigError, ModelError
+from orbitdit.families import FAMILIES
 from orbitdit.fusion import fuse_blocks, unfuse_blocks
 from orbitdit.kernels import EXACT, GRIDS, device_grids
 from orbitdit.linear import Int4Linear, OrbitLinear, share_inputs
-from orbitdit.policy import SHARED_INPUTS, Layer, LayerPlan, Plan, build_plan
+from orbitdit.policy import Layer, LayerPlan, Plan, build_plan
 from orbitdit.quantize import check_weight
 
 
@@ -103,9 +104,10 @@ def connect_layers(model: nn.Module) -> None:
 
 
 def share_model_inputs(model: nn.Module) -> None:
-    """Let the quantized layers of each block that take the same tensor encode it once (see `policy.SHARED_INPUTS`)."""
+    """Let the quantized layers of each block that take the same tensor encode it once (see `families`)."""
     packed = {name: layer for name, layer in packed_layers(model) if isinstance(layer, OrbitLinear)}
-    for names in SHARED_INPUTS.get(type(model).__name__, ()):
+    family = FAMILIES.get(type(model).__name__)
+    for names in family.shared if family else ():
         for block in {name.removesuffix(part) for part in names for name in packed if name.endswith(f".{part}")}:
             share_inputs(packed[block + part] for part in names if block + part in packed)
 

@@ -1,8 +1,9 @@
 """Which layer gets what: module names and shapes in, a Plan out. Rules are data; tensors are never seen.
 
 A rule is (glob, action, reason); the first that matches a layer's name decides. The user's rules come first,
-then the table of the model's class, and for a class without a table a structural rule: repeated blocks are
-quantized, modulation inside them is INT4, and everything outside them, and every embedder, is kept.
+then those of the model's family (see `families`), and for a class of no family a structural rule: repeated
+blocks are quantized, modulation inside them is INT4, and everything outside them is kept, as are embedders and
+repeated blocks that do not carry the model's tokens.
 Source: OrbitQuant, arXiv 2607.02461 (which layers), diffusers' module names.
 """
 
@@ -14,75 +15,17 @@ from typing import NamedTuple
 
 from orbitdit.config import OrbitQuantConfig, parse_bits
 from orbitdit.errors import ConfigError
+from orbitdit.families import BLOCK, FAMILIES, GATE, OUTSIDE, Rule
+from orbitdit.families import MODULATION as _MODULATION
 from orbitdit.packing import GROUP, packed_width
 
-Rule = tuple[str, str, str]
-
-_MODULATION = "AdaLN modulation"
-_BLOCK = "block"
-_OUTSIDE = "outside blocks"
-
-FAMILIES: dict[str, tuple[Rule, ...]] = {
-    "FluxTransformer2DModel": (
-        ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
-        ("transformer_blocks.*.norm1_context.linear", "int4", _MODULATION),
-        ("single_transformer_blocks.*.norm.linear", "int4", _MODULATION),
-        ("transformer_blocks.*", "quantize", _BLOCK),
-        ("single_transformer_blocks.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-    "ZImageTransformer2DModel": (
-        ("layers.*.adaLN_modulation.0", "int4", _MODULATION),
-        ("noise_refiner.*.adaLN_modulation.0", "int4", _MODULATION),
-        ("layers.*", "quantize", _BLOCK),
-        ("noise_refiner.*", "quantize", _BLOCK),
-        ("context_refiner.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-    "WanTransformer3DModel": (
-        ("blocks.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-    "CogVideoXTransformer3DModel": (
-        ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
-        ("transformer_blocks.*.norm2.linear", "int4", _MODULATION),
-        ("transformer_blocks.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-    "SD3Transformer2DModel": (
-        ("transformer_blocks.*.norm1.linear", "int4", _MODULATION),
-        ("transformer_blocks.*.norm1_context.linear", "int4", _MODULATION),
-        ("transformer_blocks.*", "quantize", _BLOCK),
-        ("*", "keep", _OUTSIDE),
-    ),
-}
-
-_SELF_ATTENTION = ("to_q", "to_k", "to_v")
-SHARED_INPUTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "FluxTransformer2DModel": (
-        (*(f"attn.{name}" for name in _SELF_ATTENTION), "proj_mlp"),
-        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    ),
-    "ZImageTransformer2DModel": (
-        tuple(f"attention.{name}" for name in _SELF_ATTENTION),
-        ("feed_forward.w1", "feed_forward.w3"),
-    ),
-    "WanTransformer3DModel": (
-        tuple(f"attn1.{name}" for name in _SELF_ATTENTION),
-        ("attn2.to_k", "attn2.to_v"),
-        ("attn2.add_k_proj", "attn2.add_v_proj"),
-    ),
-    "CogVideoXTransformer3DModel": (tuple(f"attn1.{name}" for name in _SELF_ATTENTION),),
-    "SD3Transformer2DModel": (
-        tuple(f"attn.{name}" for name in _SELF_ATTENTION),
-        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        tuple(f"attn2.{name}" for name in _SELF_ATTENTION),
-    ),
-}
-"""Layers of a block that take the same tensor, by class; names that a block lacks are passed over."""
-
-_EMBEDDER = re.compile(r"embed|(^|\.)emb(\.|$)")
-_MODULATION_NAME = re.compile(r"(^|[._])(ada|mod|norm)", re.IGNORECASE)
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+_EMBEDDER = re.compile(r"embed|(^|[._])emb([._]|$)")
+_MODULATION_NAME = re.compile(r"(^|[._])(ada|film|mod(?!al|el|ule)|norm|scale|shift)", re.IGNORECASE)
+_IN_MODULATION = re.compile(r"(^|[._])(ada\w*|mod(ulation)?|norm\d*(_context)?)\.[^.]+$", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|mha|(^|[._])w?(q|qkv|query)([._]|$)", re.IGNORECASE)
+_GATE_NAME = re.compile(r"beta|bias|gate|logits|router", re.IGNORECASE)
+_U_NET = re.compile(r"(down|mid|up)_block")
 
 
 class Layer(NamedTuple):
@@ -199,9 +142,14 @@ def build_plan(model: str, layers: Iterable[Layer], config: OrbitQuantConfig) ->
     for glob, _ in config.rules:
         if not any(fnmatchcase(layer.name, glob) for layer in layers):
             raise ConfigError(f"rule {glob!r} matches no linear layer of {model}: see orbitdit plan for their names")
-    rules = FAMILIES.get(model) or _structural_rules(layers)
     own = tuple((glob, action, f"rule {glob!r}") for glob, action in config.rules)
-    return Plan(model, config, tuple(_decide(layer, (*own, *rules), config) for layer in layers))
+    family = FAMILIES.get(model)
+    if family and family.rules:
+        found: Iterable[tuple[Rule, ...]] = [(*family.rules, ("*", "keep", OUTSIDE))] * len(layers)
+    else:
+        found = [(rule,) for rule in _structural_rules(layers)]
+    rows = (_decide(layer, (*own, *rules), config) for layer, rules in zip(layers, found, strict=True))
+    return Plan(model, config, tuple(rows))
 
 
 def _decide(layer: Layer, rules: Sequence[Rule], config: OrbitQuantConfig) -> LayerPlan:
@@ -234,31 +182,72 @@ def _coded_size(action: str, weight_bits: int, rows: int, dim: int) -> int:
     return rows * (packed_width(dim, weight_bits) + 2 * scales)
 
 
-def _structural_rules(layers: Sequence[Layer]) -> tuple[Rule, ...]:
-    """Rules for a class without a table, one exact name each, from repeated module lists, names and shapes."""
-    rules, names = [], [layer.name for layer in layers]
+def _structural_rules(layers: Sequence[Layer]) -> list[Rule]:
+    """A rule for each layer of a class of no family, from repeated module lists, names and shapes."""
+    places = _places([layer.name for layer in layers])
+    lists: dict[str, list[tuple[str, Layer]]] = {}
     for layer in layers:
-        name, block = layer.name, _block_of(layer.name, names)
-        if block is None:
-            rules.append((name, "keep", _OUTSIDE))
-        elif _EMBEDDER.search(name):
-            rules.append((name, "keep", "embedder"))
-        elif _is_modulation(name[len(block) :], layer):
-            rules.append((name, "int4", _MODULATION))
-        else:
-            rules.append((name, "quantize", _BLOCK))
-    return tuple((re.sub(r"([*?[])", r"[\1]", name), action, reason) for name, action, reason in rules)
+        if layer.name in places:
+            prefix, inner = places[layer.name]
+            lists.setdefault(prefix, []).append((inner, layer))
+    token_lists = _token_lists(lists)
+    return [_structural_rule(layer, *places.get(layer.name, ("", "")), token_lists) for layer in layers]
 
 
-def _block_of(name: str, names: Sequence[str]) -> str | None:
-    """The outermost "prefix.N" of `name` that belongs to a repeated module list, or None."""
-    for match in re.finditer(r"\.(\d+)(?=\.)", name):
-        prefix, rest = name[: match.start()], name[match.end() + 1 :]
-        if any(re.fullmatch(rf"{re.escape(prefix)}\.(?!{match[1]}\.)\d+\.{re.escape(rest)}", other) for other in names):
-            return f"{prefix}.{match[1]}"
-    return None
+def _structural_rule(layer: Layer, prefix: str, inner: str, token_lists: set[str]) -> Rule:
+    if not prefix:
+        return "*", "keep", OUTSIDE
+    if _EMBEDDER.search(layer.name):
+        return "*", "keep", "embedder"
+    if prefix not in token_lists:
+        return "*", "keep", "conditioning"
+    if _is_modulation(inner, layer):
+        return "*", "int4", _MODULATION
+    if _GATE_NAME.search(inner) and 4 * layer.out_features <= layer.in_features:
+        return "*", "keep", GATE
+    return "*", "quantize", BLOCK
+
+
+def _places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The outermost repeated module list of each name that is in one, and what the name is within its block.
+
+    A list is repeated if two of its blocks have a layer of the same name.
+    """
+    found = {name: [(name[: m.start()], m[1], name[m.end() + 1 :]) for m in _NUMBER.finditer(name)] for name in names}
+    numbers: dict[tuple[str, str], set[str]] = {}
+    for places in found.values():
+        for prefix, number, inner in places:
+            numbers.setdefault((prefix, inner), set()).add(number)
+    repeated = {prefix for (prefix, _), seen in numbers.items() if len(seen) > 1}
+    inside = {
+        name: [(prefix, inner) for prefix, _, inner in places if prefix in repeated] for name, places in found.items()
+    }
+    return {name: places[0] for name, places in inside.items() if places}
+
+
+def _token_lists(lists: dict[str, list[tuple[str, Layer]]]) -> set[str]:
+    """Which of these module lists carry the tokens; the others belong to networks that make their conditioning.
+
+    Tokens run through blocks with attention (if there is any) that lie in the model itself, or all equally deep in a
+    part of it. A list that lies deeper is part of a network of its own, such as a refiner of text or what guesses
+    modulation, unless its blocks are those of a list that carries tokens, or it is a stage of a U-Net.
+    """
+    weights = {p: sum(layer.in_features * layer.out_features for _, layer in rows) for p, rows in lists.items()}
+    attending = [p for p, rows in lists.items() if any(_ATTENTION.search(f"{p}.{inner}") for inner, _ in rows)]
+
+    def outweigh(some: Sequence[str], others: Iterable[str]) -> bool:
+        return 10 * sum(weights[p] for p in some) >= sum(weights[p] for p in others)
+
+    found = attending if outweigh(attending, lists) else list(lists)
+    depths = sorted({p.count(".") for p in found})
+    upper = [[p for p in found if p.count(".") <= depth] for depth in depths]
+    shallow = next((some for some in upper if outweigh(some, found)), [])
+    shapes = {p: {(inner, layer.in_features, layer.out_features) for inner, layer in lists[p]} for p in found}
+    return {p for p in found if p in shallow or _U_NET.match(p) or any(shapes[p] == shapes[q] for q in shallow)}
 
 
 def _is_modulation(inner: str, layer: Layer) -> bool:
-    """Named as a norm or a modulation inside its block; a square layer can give no shift beside a scale."""
-    return bool(_MODULATION_NAME.search(inner)) and layer.out_features != layer.in_features
+    """In a norm or a modulation inside its block, or named as one: then not if it is square, since it can give no shift
+    beside a scale."""
+    square = layer.out_features == layer.in_features
+    return bool((_IN_MODULATION if square else _MODULATION_NAME).search(inner))
