@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cuda_emulator import launch
-from orbitdit.kernels.int4_linear import Shape, shape_for
+from orbitdit.kernels.int4_linear import Shape, compile_options, shape_for
 from orbitdit.quantize import QuantizedWeight, dequantize_int4, quantize_int4
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -18,8 +18,7 @@ def random(*shape, seed=0):
 def int4_linear(x, quantized, bias, shape=SMALL, blocks=3, reverse=False):
     (rows, dim), n = x.shape, len(quantized.codes)
     y = torch.full((rows, n), torch.nan, dtype=x.dtype)
-    defines = {"DIM": dim, "HALF": int(x.dtype == torch.float16)}
-    defines |= {name.upper(): int(value) for name, value in shape._asdict().items()}
+    defines = compile_options(dim, x.dtype == torch.float16, shape)
     args = [x, quantized.codes, quantized.scales, bias, y, rows, n]
     grid, threads = (blocks, 1, 1), shape.threads
     launch("int4_linear.cu", "int4_linear", grid, threads, shape.shared_bytes(dim), args, defines, reverse)

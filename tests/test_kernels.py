@@ -13,6 +13,8 @@ from orbitdit import DependencyError, TensorError
 from orbitdit.codebook import GRID_DTYPES, grid_bytes, on_grid
 from orbitdit.kernels import centring, nvrtc, reference
 from orbitdit.kernels import decode as decode_cuda
+from orbitdit.kernels import matmul as matmul_cuda
+from orbitdit.kernels import means as means_cuda
 from orbitdit.kernels import rotate_encode as rotate_encode_cuda
 from orbitdit.kernels.centring import groups
 from orbitdit.kernels.rotate_encode import Tile
@@ -142,7 +144,7 @@ def test_means_of_tokens(dim, tokens_each, each, dtype):
     count = centring.groups(tokens_each, each)
     found = torch.full((3 * count, dim), -7, dtype=dtype)
     blocks = -(-3 * count * dim // 8 // 128)
-    defines = {"HALF": int(dtype == torch.float16), "THREADS": 128}
+    defines = means_cuda.compile_options(dtype == torch.float16)
     sizes = [3 * count, dim // 8, tokens_each, count, each]
     launch("means.cu", "token_means", (blocks, 1, 1), 128, 0, [x, found, *sizes], defines)
     expected = centring.token_means(x, each)
@@ -448,21 +450,9 @@ def test_scaling_is_what_the_definition_does_to_sums(kind_of_sums, count, rows, 
     token_scales, row_scales = random(count).exp(), random(rows, seed=1).exp() / 1000
     bias = None if bias is None else random(rows, seed=2).to(bias)
     sums, y = (values.int() @ weight.int().T).to(kind_of_sums), torch.full((count, rows), torch.nan, dtype=dtype)
-    kind = 0 if bias is None else 1 if bias.dtype == torch.bfloat16 else 2
-    launch(
-        "scale.cu",
-        "scale",
-        (2, 1, 1),
-        64,
-        0,
-        [sums, token_scales, row_scales, y if bias is None else bias, y, count, rows],
-        {
-            "SUMS": int(kind_of_sums == torch.float32),
-            "OUTPUT": int(dtype == torch.float16),
-            "BIAS": kind,
-            "THREADS": 64,
-        },
-    )
+    arguments = [sums, token_scales, row_scales, y if bias is None else bias, y, count, rows]
+    defines = matmul_cuda.compile_options(kind_of_sums, dtype, None if bias is None else bias.dtype) | {"THREADS": 64}
+    launch("scale.cu", "scale", (2, 1, 1), 64, 0, arguments, defines)
     assert torch.equal(y, reference.matmul(values, token_scales, weight, row_scales, bias, dtype))
 
 

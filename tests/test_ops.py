@@ -224,7 +224,10 @@ def fresh_grids():
 @pytest.mark.usefixtures("fresh_grids")
 @pytest.mark.parametrize(
     ("capability", "grids"),
-    [((9, 0), ("e4m3", "int8", "exact")), ((8, 9), ("e4m3", "int8", "exact")), ((8, 6), ("int8", "exact"))],
+    [
+        *((newer, ("e4m3", "int8", "exact")) for newer in ((8, 9), (9, 0), (10, 0), (12, 0))),
+        *((older, ("int8", "exact")) for older in ((8, 0), (8, 6))),
+    ],
 )
 def test_grids_by_compute_capability(capability, grids, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")

@@ -74,10 +74,21 @@ def _plan(dim: int, half: bool, whole_tiles: bool, device: int) -> Plan | None:
     shape = shape_for(dim, bulk, shared_limit(device))
     if shape is None:
         return None
-    defines = (("DIM", dim), ("HALF", int(half)), *((name.upper(), int(v)) for name, v in shape._asdict().items()))
-    built = kernel("int4_linear.cu", "int4_linear", defines, "PPPPPii", device)
+    defines = compile_options(dim, half, shape)
+    built = kernel("int4_linear.cu", "int4_linear", tuple(defines.items()), "PPPPPii", device)
     shared = shape.shared_bytes(dim)
     return Plan(built, shape, shared, processors(device) * max(1, built.blocks_per_processor(shape.threads, shared)))
+
+
+def compile_options(dim: int, half: bool, shape: Shape) -> dict[str, int]:
+    """The kernel's compile-time constants."""
+    return {
+        "DIM": dim,
+        "HALF": int(half),
+        "WARPS": shape.warps,
+        "STAGES": shape.stages,
+        "BULK": int(shape.bulk),
+    }
 
 
 def shape_for(dim: int, bulk: bool, shared: int) -> Shape | None:

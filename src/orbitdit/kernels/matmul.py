@@ -70,16 +70,20 @@ def _scaled(sums: Tensor, token_scales: Tensor, row_scales: Tensor, bias: Tensor
     y = torch.empty(tokens, rows, dtype=dtype, device=sums.device)
     if bias is not None and bias.dtype not in (torch.bfloat16, torch.float16):
         bias = bias.to(dtype)
-    kind = 0 if bias is None else 1 if bias.dtype == torch.bfloat16 else 2
-    constants = {
-        "SUMS": int(sums.dtype == torch.float32),
-        "OUTPUT": int(dtype == torch.float16),
-        "BIAS": kind,
-        "THREADS": THREADS,
-    }
+    constants = compile_options(sums.dtype, dtype, None if bias is None else bias.dtype)
     device = sums.device.index
     built = kernel("scale.cu", "scale", tuple(constants.items()), "PPPPPii", device)
     blocks = min(tokens, processors(device) * 8)
     tensors = sums, token_scales, row_scales, y if bias is None else bias, y
     built.launch(blocks, THREADS, 0, *(t.data_ptr() for t in tensors), tokens, rows)
     return y
+
+
+def compile_options(sums: torch.dtype, output: torch.dtype, bias: torch.dtype | None) -> dict[str, int]:
+    """The compile-time constants of scale.cu, by the dtypes of what it reads and writes."""
+    return {
+        "SUMS": int(sums == torch.float32),
+        "OUTPUT": int(output == torch.float16),
+        "BIAS": (None, torch.bfloat16, torch.float16).index(bias),
+        "THREADS": THREADS,
+    }

@@ -15,8 +15,13 @@ def token_means(x: Tensor, each: int) -> Tensor:
     count, dim = x.shape[-2:]
     means = x.numel() // (count * dim) * groups(count, each)
     out = torch.empty((means, dim), dtype=x.dtype, device=x.device)
-    constants = {"HALF": int(x.dtype == torch.float16), "THREADS": THREADS}
+    constants = compile_options(x.dtype == torch.float16)
     built = kernel("means.cu", "token_means", tuple(constants.items()), "PPiiiii", x.device.index)
     blocks = -(-means * (dim // 8) // THREADS)
     built.launch(blocks, THREADS, 0, x.data_ptr(), out.data_ptr(), means, dim // 8, count, groups(count, each), each)
     return out
+
+
+def compile_options(half: bool) -> dict[str, int]:
+    """The kernel's compile-time constants."""
+    return {"HALF": int(half), "THREADS": THREADS}

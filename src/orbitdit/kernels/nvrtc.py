@@ -156,34 +156,51 @@ def _arch(device: int) -> str:
 
 @cache
 def _compile(file: str, defines: Defines, arch: str) -> bytes:
-    """The machine code of prelude and `file`. Raises RuntimeError with the compiler's log."""
+    return compile_with_log(file, defines, arch)[0]
+
+
+def compile_with_log(file: str, defines: Defines, arch: str, *more_options: str) -> tuple[bytes, str]:
+    """The machine code of prelude and `file` for an architecture such as "sm_90", and the compiler's log.
+
+    This needs NVRTC, but no GPU and no CUDA build of torch. Raises RuntimeError with the log if `file` does not
+    compile, DependencyError where NVRTC is missing.
+    """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     text = (source("prelude.cu") + source(file)).encode()
-    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
+    constants = (f"-D{name}={value}" for name, value in defines)
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *constants, *more_options]
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, file.encode(), 0, None, None):
         raise RuntimeError(f"NVRTC cannot take {file}")
     try:
         array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-        if nvrtc.nvrtcCompileProgram(program, len(options), array):
-            size = ctypes.c_size_t()
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise RuntimeError(f"NVRTC cannot compile {file} for {arch}: {log.value.decode(errors='replace')}")
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), array)
         size = ctypes.c_size_t()
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, buffer)
+        log = buffer.value.decode(errors="replace")
+        if failed:
+            raise RuntimeError(f"NVRTC cannot compile {file} for {arch}: {log}")
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
         code = ctypes.create_string_buffer(size.value)
         if nvrtc.nvrtcGetCUBIN(program, code):
             raise RuntimeError(f"NVRTC gives no machine code of {file} for {arch}")
-        return code.raw
+        return code.raw, log
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def compiler_version() -> str:
+    """NVRTC's version, such as "13.0". Raises DependencyError where it is missing."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    assert torch.version.cuda is not None
-    major = torch.version.cuda.partition(".")[0]
+    """NVRTC of the CUDA that torch was built with; beside a CPU build of torch, CUDA 13's."""
+    major = (torch.version.cuda or "13").partition(".")[0]
     if sys.platform == "win32":
         return _library(f"nvrtc64_{major}0_0.dll")
     for builtins in _in_wheels("libnvrtc-builtins.so.*"):  # NVRTC looks for it by name alone, not beside itself
