@@ -105,3 +105,21 @@ MODELS = (
         blocks=("CogVideoXBlock",),
     ),
 )
+
+TINY = Model(
+    "tiny",
+    diffusers.FluxTransformer2DModel,
+    partial(flux_inputs, side=4, text=5, sizes=(8, 24, 32)),
+    {
+        "in_channels": 8,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+        "guidance_embeds": True,
+    },
+)
+"""A FLUX for CPUs, to see whether a benchmark runs."""

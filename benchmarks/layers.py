@@ -72,6 +72,8 @@ PROVIDERS = {
     "W2A4 trellis": ours(2, 4, "e4m3", states=12),
     "W3A3 trellis": ours(3, 3, "e4m3", states=12),
     "W4A4 int8": ours(4, 4, "int8"),
+    "W2A4 int8": ours(2, 4, "int8"),
+    "W2A4 trellis int8": ours(2, 4, "int8", states=12),
     "W4A4 resident": ours(4, 4, "e4m3", resident=True),
     "orbitquant W4A4": Provider(lambda linears: peers.orbitquant(linears, "w4a4"), "4", "4", "int8"),
     "orbitquant W2A4": Provider(lambda linears: peers.orbitquant(linears, "w2a4"), "2", "4", "int8"),

@@ -1,10 +1,10 @@
 """One denoising step of the four families' transformers, with random weights, in bf16 at batch 1.
 
 Every provider gets a model of its own, built from one seed. Its first step is timed with compilation in it, and its
-output must be near that of the bf16 model. The providers share one attention backend.
+output must be near that of the bf16 model. The providers share one attention backend. What else is measured of a step,
+on a GPU alone, is in `steps`.
 """
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.families import MODELS, Model
-from benchmarks.measure import Limits, one_line, relative_error, summary
+from benchmarks.measure import Limits, one_line, relative_error
 from benchmarks.records import Recorder
-from orbitdit import OrbitQuantConfig, plan, quantize_
-
-STEP_SECONDS = 3.0
-"""Time for the steps that are counted."""
-STEPS = (3, 20)
-"""At least and at most so many of them."""
-WARM_UP = 1
+from benchmarks.steps import attempt, free, graph_facts, kernel_facts, peak_gb, step, step_times, timed
+from orbitdit import OrbitQuantConfig, plan, quantize_, set_grid_
 
 
 @dataclass(frozen=True)
@@ -44,9 +39,11 @@ def unchanged(model: nn.Module) -> None:
     """bf16."""
 
 
-def ours(bits: str, **options: Any) -> Callable[[nn.Module], None]:
+def ours(bits: str, grid: str = "auto", **options: Any) -> Callable[[nn.Module], None]:
     def prepare(model: nn.Module) -> None:
         quantize_(model, OrbitQuantConfig(bits, **options), progress=False)
+        if grid != "auto":
+            set_grid_(model, grid)
 
     return prepare
 
@@ -75,6 +72,7 @@ PROVIDERS = {
     "W4A4 compiled": Provider(ours("w4a4"), 0.6, "e4m3", compiled=True),
     "torchao float8 compiled": Provider(torchao_float8, 0.3, "e4m3", compiled=True),
     "W4A4": Provider(ours("w4a4"), 0.6, "e4m3", compiled=False),
+    "W4A4 int8 compiled": Provider(ours("w4a4", grid="int8"), 0.6, "int8", compiled=True),
     "W2A4 trellis compiled": Provider(ours("w2a4"), 1.0, "e4m3", compiled=True),
     "W2A4 trellis uncentred compiled": Provider(ours("w2a4", centred_bits=()), 1.0, "e4m3", compiled=True),
     "W2A3 trellis compiled": Provider(ours("w2a3"), 1.0, "e4m3", compiled=True),
@@ -82,7 +80,18 @@ PROVIDERS = {
     "W2A4 trellis 2^8": Provider(ours("w2a4", trellis_states=8), 1.0, "e4m3", compiled=False),
     "orbitquant W4A4": Provider(orbitquant, 0.6, "int8", compiled=False),
 }
-"""In the order of what must be known first."""
+"""In the order of what must be known first; "int8" is the grid of GPUs without FP8 (compute capability 8.0 and 8.6)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all providers of a case are given; `reference` is the bf16 model's output in fp32."""
+
+    case: Model
+    inputs: dict[str, Any]
+    reference: Tensor
+    device: str
+    attention: str
 
 
 def run_suite(device: str, recorder: Recorder, limits: Limits, attention: str) -> None:
@@ -108,13 +117,14 @@ def run_model(
     model = build(case, device, attention)
     flops, reference = count_flops(model, inputs)
     del model
+    work = Work(case, inputs, reference, device, attention)
     for name, provider in providers.items():
         free(device)
         if time.monotonic() > limits.deadline:
             recorder.write("models", case.name, name, "skipped", note="deadline")
             continue
         try:
-            status, facts = run_provider(case, provider, inputs, reference, device, attention)
+            status, facts = run_provider(work, provider)
         except Exception as problem:  # whatever a peer raises is its result
             recorder.write("models", case.name, name, "failed", note=one_line(problem))
             continue
@@ -122,22 +132,20 @@ def run_model(
     free(device)
 
 
-def run_provider(
-    case: Model, provider: Provider, inputs: dict[str, Any], reference: Tensor, device: str, attention: str
-) -> tuple[str, dict[str, Any]]:
+def run_provider(work: Work, provider: Provider) -> tuple[str, dict[str, Any]]:
     """Status and facts of one provider: build, quantize, first step, gate, timed steps."""
-    model = build(case, device, attention)
+    device, inputs = work.device, work.inputs
+    model = build(work.case, device, work.attention)
     _, quantize_s = timed(device, lambda: provider.prepare(model))
     free(device)
 
     def first_step() -> Tensor:
         if provider.compiled:
-            case.mark_blocks(model)
-            model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+            compile_blocks(work.case, model)
         return step(model, inputs)
 
     output, first_s = timed(device, first_step)
-    error = relative_error(output, reference)
+    error = relative_error(output, work.reference)
     graphs = graph_count()
     facts = {
         "error": round(error, 4),
@@ -150,11 +158,26 @@ def run_provider(
     del output
     if not error <= provider.bound:
         return "refused", {"note": "the correctness gate is red", **facts}
+    facts |= step_facts(device, lambda: step(model, inputs), provider.compiled)
+    return "ok", {**facts, "graphs_later": graph_count() - graphs}
+
+
+def step_facts(device: str, call: Callable[[], Tensor], compiled: bool) -> dict[str, Any]:
+    """Times and peak memory of steps; on a GPU their kernels, and if they are compiled a CUDA graph of them too."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = step_times(device, model, inputs)
-    facts |= {**summary(times), "graphs_later": graph_count() - graphs, "peak_gb": peak_gb(device)}
-    return "ok", facts
+    facts = {**step_times(device, call).facts(device), "peak_gb": peak_gb(device)}
+    if device == "cuda":
+        if compiled:
+            facts |= attempt("graph", lambda: graph_facts(call))
+        facts |= attempt("gpu", lambda: kernel_facts(call))
+    return facts
+
+
+def compile_blocks(case: Model, model: nn.Module, **options: Any) -> None:
+    """Compile what the model repeats, each kind of block into one graph; `options` are torch.compile's."""
+    case.mark_blocks(model)
+    model.compile_repeated_blocks(fullgraph=True, **options)  # type: ignore[operator]
 
 
 def build(case: Model, device: str, attention: str) -> nn.Module:
@@ -174,11 +197,6 @@ def build(case: Model, device: str, attention: str) -> nn.Module:
     return model
 
 
-def step(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    output = model(**inputs, return_dict=False)[0]
-    return torch.stack(output) if isinstance(output, list) else output
-
-
 def count_flops(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, int], Tensor]:
     """Arithmetic of one step in products and in attention, and the step's output in fp32: the reference.
 
@@ -189,27 +207,6 @@ def count_flops(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, int
     by_op = counter.get_flop_counts()["Global"]
     attention = sum(flops for op, flops in by_op.items() if "attention" in str(op) or "bmm" in str(op))
     return {"flops": sum(by_op.values()) - attention, "attention_flops": attention}, output.float()
-
-
-def timed(device: str, call: Callable[[], Any]) -> tuple[Any, float]:
-    """The result of `call` and its seconds, until the device has finished."""
-    start = time.perf_counter()
-    result = call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
-
-
-def step_times(device: str, model: nn.Module, inputs: dict[str, Any]) -> list[float]:
-    """Microseconds of each step, one after another, as a pipeline runs them."""
-    times: list[float] = []
-    for number in range(WARM_UP + STEPS[1]):
-        _, seconds = timed(device, lambda: step(model, inputs))
-        if number >= WARM_UP:
-            times.append(seconds * 1e6)
-        if len(times) >= STEPS[0] and sum(times) > STEP_SECONDS * 1e6:
-            break
-    return times
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -226,16 +223,3 @@ def tensor_bytes(tensor: Tensor) -> int:
 def graph_count() -> int:
     """How many graphs torch.compile has made since the last reset."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def peak_gb(device: str) -> float | None:
-    return round(torch.cuda.max_memory_allocated() / 1e9, 3) if device == "cuda" else None
-
-
-def free(device: str) -> None:
-    """Forget compiled code and give memory back, so that providers do not meet."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()

@@ -15,7 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
 
-LIMITS = {"NVIDIA H200": {"memory": 4.8, "e4m3": 1979.0, "int8": 1979.0, "bf16": 989.0, "fp32": 67.0}}
+HOPPER = {"e4m3": 1979.0, "int8": 1979.0, "bf16": 989.0, "fp32": 67.0}
+LIMITS = {"NVIDIA H200": {"memory": 4.8, **HOPPER}, "NVIDIA H100 80GB HBM3": {"memory": 3.35, **HOPPER}}
 """TB/s, and dense TFLOP/s by arithmetic, in the maker's data sheet: what the floor counts with."""
 FLUX_WEIGHTS = 38 * (4 + 8 + 3 + 4 + 5) * 3072**2
 """Weights of FLUX.1-dev's 418 rotated layers: in each of 19 two-stream blocks, 2 streams, and of 38 single ones."""
@@ -40,17 +41,17 @@ attention in bf16, and nothing else. Limits:
 def read(folder: Path) -> list[Row]:
     """The lines that count, in the order in which their cases first appear.
 
-    Each gets "beside": the median times of its case's providers in its own file, which is one run.
+    Each gets "beside": the rows with times of its case in its own file, which is one run, by provider.
     """
     found: dict[tuple, Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        beside: dict[tuple, dict[str, float]] = {}
-        for text in path.read_text(encoding="utf-8").splitlines():
+        beside: dict[tuple, dict[str, Row]] = {}
+        for text in path.read_text().splitlines():
             row = json.loads(text)
             case = (row["gpu"], row["suite"], row["case"])
             row["beside"] = beside.setdefault(case, {})
             if row["status"] == "ok" and "median_us" in row:
-                row["beside"][row["provider"]] = row["median_us"]
+                row["beside"][row["provider"]] = row
             if row["status"] != "skipped" or (*case, row["provider"]) not in found:
                 found[(*case, row["provider"])] = row
     return list(found.values())
@@ -82,11 +83,12 @@ def floor_us(row: Row) -> float | None:
     return max(moved, products + row.get("attention_flops", 0) / limits["bf16"]) / 1e6
 
 
-def ratio(row: Row, reference: str) -> str:
-    """Speed-up over that provider in the same run, bold where it is a slow-down; "-" where it did not run."""
-    if reference not in row["beside"]:
+def ratio(row: Row, reference: str, time: str = "median_us") -> str:
+    """Speed-up over that provider in the same run, bold where it is a slow-down; "-" where it has no such time."""
+    other = row["beside"].get(reference, {})
+    if time not in row or time not in other:
         return "-"
-    times = row["beside"][reference] / row["median_us"]
+    times = other[time] / row[time]
     return f"{times:.2f}x" if times >= 1 else f"**{times:.2f}x**"
 
 
@@ -176,6 +178,33 @@ def model_details(rows: list[Row]) -> str:
     return table(head, body, left=2)
 
 
+def step_details(rows: list[Row]) -> str:
+    """Where a model's step spends its time, for the rows that tell; empty if none does."""
+    head = ["model", "provider", "step, ms", "host queueing, ms", "GPU busy, ms", "GPU kernels"]
+    head += ["in a CUDA graph, ms", "20% to 80%", "over bf16 compiled in one", "graph holds, GB"]
+
+    def milliseconds(row: Row, *keys: str) -> str:
+        return " to ".join(f"{row[key] / 1e3:.1f}" for key in keys) if keys[0] in row else "-"
+
+    body = [
+        [
+            r["case"],
+            r["provider"],
+            milliseconds(r, "median_us"),
+            milliseconds(r, "queue_us"),
+            milliseconds(r, "gpu_busy_us"),
+            f"{r['gpu_kernels']:,}" if "gpu_kernels" in r else "-",
+            milliseconds(r, "graph_us"),
+            milliseconds(r, "graph_p20_us", "graph_p80_us"),
+            ratio(r, "bf16 compiled", "graph_us"),
+            f"{r['graph_held_gb']:.2f}" if "graph_us" in r else r.get("graph_note", "-").replace("|", "/"),
+        ]
+        for r in rows
+        if r["status"] == "ok" and "queue_us" in r
+    ]
+    return table(head, body, left=2) if body else ""
+
+
 def measured_with(rows: list[Row]) -> str:
     """Versions, commits and dates of the rows."""
     keys = ("torch", "triton", "cuda")
@@ -202,6 +231,8 @@ def section(suite: str, rows: list[Row]) -> str:
     details: Callable[[list[Row]], str] = model_details if suite == "models" else lambda r: small_details(suite, r)
     compared = [matrix(suite, rows)] if any(r["provider"] not in ALONE for r in rows) else []
     parts = [f"### {TITLES[suite]}", measured_with(rows), *compared, "All rows:", details(rows)]
+    if suite == "models" and (steps := step_details(rows)):
+        parts += ["Where a step's time goes, and the step in a CUDA graph:", steps]
     missing = [f"- {r['case']}, {r['provider']}: {failure(r)}" for r in rows if r["status"] != "ok"]
     if missing:
         parts += ["Without a time:", "\n".join(missing)]

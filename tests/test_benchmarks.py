@@ -1,5 +1,6 @@
 """The benchmarks on a CPU: tiny cases through the same runner, the gate, the command line, the report."""
 
+import argparse
 import json
 import math
 import sys
@@ -8,7 +9,6 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 
@@ -18,8 +18,20 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import families, kernels, layers, measure, models, records, report  # noqa: E402
+from benchmarks import (  # noqa: E402
+    compare_trees,
+    families,
+    kernels,
+    layers,
+    measure,
+    models,
+    records,
+    report,
+    steps,
+    tree_worker,
+)
 
+TREES = compare_trees.TREES
 SHARED = {
     "gpu": "NVIDIA H200",
     "torch": "2.11.0+cu130",
@@ -178,42 +190,225 @@ def test_suites_have_the_cases_that_were_asked_for():
     assert families.MODELS[0].name == "FLUX.1-dev"
 
 
-TINY_FLUX = families.Model(
-    "tiny",
-    diffusers.FluxTransformer2DModel,
-    partial(families.flux_inputs, side=4, text=5, sizes=(8, 24, 32)),
-    {
-        "in_channels": 8,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 24,
-        "pooled_projection_dim": 32,
-        "axes_dims_rope": (4, 6, 6),
-        "guidance_embeds": True,
-    },
-)
-
-
 def test_a_model_is_measured_step_by_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "MODELS", (TINY_FLUX,))
-    monkeypatch.setattr(models, "MODELS", (TINY_FLUX,))
-    monkeypatch.setattr(models, "STEPS", (2, 3))
+    monkeypatch.setattr(families, "MODELS", (families.TINY,))
+    monkeypatch.setattr(models, "MODELS", (families.TINY,))
+    monkeypatch.setattr(steps, "STEPS", (2, 3))
     wrong = models.Provider(lambda model: model.proj_out.weight.neg_(), 1.0, "bf16", compiled=False)
     monkeypatch.setitem(models.PROVIDERS, "wrong", wrong)
     out = tmp_path / "models.jsonl"
-    chosen = [f"--only=tiny/{name}" for name in ("bf16", "W4A4", "wrong")]
+    int8 = models.Provider(models.ours("w4a4", grid="int8"), 0.6, "int8", compiled=False)
+    monkeypatch.setitem(models.PROVIDERS, "W4A4 int8", int8)
+    chosen = [f"--only=tiny/{name}" for name in ("bf16", "W4A4", "W4A4 int8", "wrong")]
     command.main(["models", "--out", str(out), "--device", "cpu", "--commit", "abc", *chosen])
     lines = {line["provider"]: line for line in map(json.loads, out.read_text().splitlines())}
-    assert {name: line["status"] for name, line in lines.items()} == {"bf16": "ok", "W4A4": "ok", "wrong": "refused"}
+    assert {name: line["status"] for name, line in lines.items()} == {
+        "bf16": "ok",
+        "W4A4": "ok",
+        "W4A4 int8": "ok",
+        "wrong": "refused",
+    }
     assert lines["bf16"]["error"] == 0
+    assert 0.02 < lines["W4A4 int8"]["error"] < 0.6
+    assert lines["W4A4 int8"]["peak"] == "int8"
     assert 0.02 < lines["W4A4"]["error"] < 0.6
     assert lines["wrong"]["error"] == pytest.approx(2, abs=1e-3)
     assert lines["W4A4"]["model_gb"] <= lines["bf16"]["model_gb"]
     assert lines["W4A4"]["repeats"] == 3
     assert lines["W4A4"]["flops"] == lines["bf16"]["flops"] > 1e6
     assert lines["W4A4"]["commit"] == "abc"
+    assert not {"queue_us", "graph_us", "gpu_kernels", "gpu_busy_us"} & set(lines["W4A4"])
+
+
+def test_the_grid_of_a_provider_is_forced():
+    model = models.build(families.TINY, "cpu", "native")
+    chosen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "set_grid_", lambda model, grid: chosen.append((model, grid)))
+        models.PROVIDERS["W4A4 int8 compiled"].prepare(model)
+        models.PROVIDERS["W4A4 compiled"].prepare(models.build(families.TINY, "cpu", "native"))
+    assert chosen == [(model, "int8")]
+
+
+def test_the_host_is_timed_apart_from_the_device(monkeypatch):
+    calls = []
+    monkeypatch.setattr(steps, "synchronize", lambda device: time.sleep(0.02))
+    times = steps.step_times("cuda", lambda: calls.append(1), (2, 2))
+    assert len(calls) == 2 + steps.WARM_UP
+    assert max(times.queued) < 20_000 <= min(times.total)
+    facts = times.facts("cuda")
+    assert facts["queue_us"] < 20_000 <= facts["median_us"]
+    assert "queue_us" not in times.facts("cpu")
+
+
+def event(cat, name, ts, dur):
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
+
+
+def test_kernels_are_counted_once_and_overlaps_too():
+    events = [
+        {"ph": "M", "name": "process_name"},
+        event("cuda_runtime", "cudaLaunchKernel", 0, 9),
+        event("kernel", "gemm", 20.5, 10),
+        event("kernel", "encode", 10, 5.25),
+        event("kernel", "gemm", 25, 2),  # beside the first one, on another stream
+        event("gpu_memcpy", "Memcpy DtoD", 30, 4),
+        event("gpu_user_annotation", "step", 0, 100),
+        event("gpu_memset", "Memset", 50, 1),
+    ]
+    kernels, busy = steps.gpu_work(events)
+    assert kernels == {"gemm": 2, "encode": 1}
+    assert busy == 5.25 + (34 - 20.5) + 1
+
+
+def test_a_step_that_cannot_be_captured_keeps_its_other_facts():
+    def broken():
+        raise RuntimeError("not while\ncapturing")
+
+    assert steps.attempt("graph", broken) == {"graph_note": "RuntimeError: not while capturing"}
+    assert steps.attempt("graph", lambda: {"graph_us": 1.0}) == {"graph_us": 1.0}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_a_gpu():
+    weight = torch.randn(256, 256, device="cuda")
+    facts = models.step_facts("cuda", lambda: weight.relu().cos() + 1, compiled=True)
+    assert facts["graph_equal"]
+    assert facts["graph_us"] > 0
+    assert facts["graph_held_gb"] >= 0
+    assert facts["gpu_kernels"] == 3
+    assert 0 < facts["gpu_busy_us"] < facts["median_us"]
+    assert 0 < facts["queue_us"] <= facts["median_us"]
+
+    draws = steps.graph_facts(lambda: torch.randn(8, device="cuda"))
+    assert not draws["graph_equal"]
+    assert "graph_us" not in draws
+    assert draws["graph_note"].startswith("differs from the plain step by ")
+
+
+def test_two_trees_are_compared_on_a_cpu(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "trees.jsonl"
+    monkeypatch.setattr(compare_trees, "ROUNDS", (2, 2))
+    trees = [f"--before=old={ROOT}", f"--after=new={ROOT}"]
+    compare_trees.main([*trees, "--out", str(out), "--device", "cpu"])
+    lines = {(line["case"], line["provider"]): line for line in map(json.loads, out.read_text().splitlines())}
+    kinds = ("tiny W4A4 eager", "tiny W4A4 compiled")
+    assert list(lines) == [(kind, provider) for kind in kinds for provider in ("before", "after", "after/before")]
+    for kind in kinds:
+        before, after, both = (lines[kind, provider] for provider in ("before", "after", "after/before"))
+        assert (before["commit"], after["commit"], both["commit"], both["commit_before"]) == (
+            "old",
+            "new",
+            "new",
+            "old",
+        )
+        assert both["ratio"] == pytest.approx(after["median_us"] / before["median_us"], abs=1e-3)
+        assert both["ratio_p20"] <= both["ratio_p80"]
+        assert (both["output_equal"], both["output_max"], both["output_error"]) == (True, 0, 0)
+        assert 0.02 < before["error"] == after["error"] < 0.6
+        assert before["repeats"] == 2 * compare_trees.STEPS_A_TURN
+    assert (lines[kinds[0], "after"]["graphs"], lines[kinds[1], "after"]["graphs"]) == (0, 2)
+    assert f"| {kinds[1]} | {lines[kinds[1], 'before']['median_us'] / 1e3:.2f}, " in capsys.readouterr().out
+
+
+def test_a_tree_whose_process_fails_is_recorded(tmp_path):
+    (tmp_path / "src/orbitdit").mkdir(parents=True)
+    (tmp_path / "src/orbitdit/__init__.py").write_text("raise ImportError('an old tree')")
+    out = tmp_path / "trees.jsonl"
+    compare_trees.main([f"--before=old={tmp_path}", "--out", str(out), "--device", "cpu"])
+    (found,) = map(json.loads, out.read_text().splitlines())
+    assert (found["case"], found["provider"], found["status"]) == ("tiny W4A4", "after/before", "failed")
+    assert found["note"] == "RuntimeError: old: the process ended with 1 when asked to build"
+
+
+@pytest.mark.parametrize("text", ["old", f"={ROOT}", "old=/nowhere"])
+def test_a_tree_is_a_commit_and_a_folder(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="write COMMIT=PATH"):
+        compare_trees.Tree.parse(text)
+
+
+def test_trees_take_turns_in_both_orders():
+    asked = []
+
+    class Asked:
+        def __init__(self, label):
+            self.label = label
+
+        def ask(self, do, **arguments):
+            asked.append((self.label, do, arguments))
+            return {"total": [100.0 if self.label == "before" else 101.0], "queued": [50.0], "peak_gb": 1.5}
+
+    turns = compare_trees.take_turns({label: Asked(label) for label in compare_trees.TREES}, "eager")
+    order = [label for label, _, _ in asked]
+    assert order == ["before", "after", "after", "before"] * (compare_trees.ROUNDS[1] // 2)
+    assert asked[0] == ("before", "turn", {"mode": "eager", "steps": compare_trees.STEPS_A_TURN})
+    ratios = compare_trees.ratios(turns, "cuda")
+    assert (ratios["ratio"], ratios["ratio_p20"], ratios["ratio_p80"]) == (1.01, 1.01, 1.01)
+    assert ratios["queue_ratio"] == 1
+    assert set(compare_trees.ratios(turns, "cpu")) == {"ratio", "ratio_p20", "ratio_p80"}
+    facts = compare_trees.turn_facts(turns["after"], "eager", "cuda")
+    assert (facts["median_us"], facts["queue_us"], facts["peak_gb"]) == (101.0, 50.0, 1.5)
+
+
+def test_a_kind_of_step_that_fails_leaves_the_others(tmp_path):
+    class Fails:
+        def __init__(self, label):
+            self.label = label
+
+        def build(self):
+            return {"model_gb": 1.0}
+
+        def ask(self, do, mode, **arguments):
+            if (self.label, mode) == ("after", "compiled"):
+                raise RuntimeError(f"new, {do}: it does not compile")
+            if do == "start":
+                torch.save(torch.ones(2), arguments["output"])
+                return {"error": 0.1}
+            return {"total": [100.0], "queued": [50.0], "peak_gb": None}
+
+    workers = {label: Fails(label) for label in compare_trees.TREES}
+    found = compare_trees.measure(workers, ["compiled", "eager"], "cpu", tmp_path)
+    assert found["compiled"] == {"note": "RuntimeError: new, start: it does not compile"}
+    assert found["eager"]["both"]["ratio"] == 1
+    assert {"error": 0.1, "median_us": 100.0, "model_gb": 1.0}.items() <= found["eager"]["after"].items()
+
+
+@torch.no_grad()
+def test_a_worker_counts_the_kernels_of_a_step(monkeypatch, tmp_path):
+    profiled = []
+
+    def profile(call):
+        profiled.append(call())
+        return Counter({"gemm": 2, "encode": 1}), 12.345
+
+    monkeypatch.setattr(tree_worker, "profile_kernels", profile)
+    model = tree_worker.TreeModel("tiny", "w4a4", "cpu", "native")
+    assert model.build()["source"] == orbitdit.__file__
+    model.start("eager", str(tmp_path / "output"))
+    counted = model.kernels("eager")
+    assert counted == {"names": {"gemm": 2, "encode": 1}, "gpu_kernels": 3, "gpu_busy_us": 12.35}
+    assert torch.equal(profiled[0], torch.load(tmp_path / "output"))
+
+
+def test_outputs_and_kernels_of_trees_are_compared():
+    before = torch.tensor([3.0, 4.0], dtype=torch.bfloat16)
+    apart = compare_trees.difference(before, torch.tensor([3.0, 4.5], dtype=torch.bfloat16))
+    assert apart == {"output_equal": False, "output_max": 0.5, "output_error": pytest.approx(0.1)}
+    names = Counter({"gemm": 5, "encode": 2, "gelu": 1}), Counter({"gemm": 5, "encode": 5, "norm": 1})
+    assert compare_trees.changed(*names) == {"encode": [2, 5], "gelu": [1, 0], "norm": [0, 1]}
+    assert compare_trees.shortened("gemm" * 30) == "gemm" * 30
+    assert compare_trees.shortened("a" * 100 + "b" * 100) == "a" * 60 + "..." + "b" * 57
+
+
+def test_the_table_of_trees():
+    sides = {label: {"median_us": 1e5, "queue_us": 2e3, "graph_equal": True, "graph_peak_gb": 7.0} for label in TREES}
+    both = {"ratio": 1.002, "ratio_p20": 0.999, "ratio_p80": 1.004, "queue_ratio": 1.1}
+    text = compare_trees.shown([{"case": "a graph", **sides, "both": both}])
+    row = "| a graph | 100.00, 100.00 | 1.0020 | 0.9990 to 1.0040 | 2.00, 2.00 | 1.100 | - | - | 7.000, 7.000 |"
+    assert text.splitlines()[-1] == f"{row} as compiled |"
+    sides["after"]["graph_equal"] = False
+    assert "**not as compiled**" in compare_trees.shown([{"case": "a graph", **sides, "both": both}])
 
 
 def test_arithmetic_in_attention_is_counted_apart():
@@ -271,6 +466,31 @@ def results(tmp_path):
     folder.mkdir()
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def test_the_report_has_the_steps_of_gpus(results):
+    facts = {"queue_us": 66_000.0, "gpu_busy_us": 84_000.0, "gpu_kernels": 2345}
+    step = {"first_step_s": 9.0, "quantize_s": 1.5, "peak_gb": 6.9, "model_gb": 6.1, "graphs": 2, "graphs_later": 0}
+    step |= {"flops": 59_510_000_000_000, "attention_flops": 14_870_000_000_000, **facts}
+
+    def graph(median):
+        spread = {"graph_us": median, "graph_p20_us": median - 100, "graph_p80_us": median + 100}
+        return {**spread, "graph_equal": True, "graph_held_gb": 0.5}
+
+    model = partial(line, "models", "another model")
+    rows = [
+        model("bf16 compiled", peak="bf16", **step, **times(131_000.0), **graph(126_000.0)),
+        model("W4A4 compiled", peak="e4m3", **step, **times(97_000.0), **graph(90_000.0)),
+        model("peer compiled", peak="e4m3", **step, **times(99_000.0), graph_note="RuntimeError: a | b"),
+        model("W4A4", peak="e4m3", **{**step, "gpu_kernels": 3000}, **times(138_000.0)),
+    ]
+    assert "Where a step's time goes" not in report.page(report.read(results))
+    (results / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.page(report.read(results))
+    start = "| another model |"
+    assert f"{start} W4A4 compiled | 97.0 | 66.0 | 84.0 | 2,345 | 90.0 | 89.9 to 90.1 | 1.40x | 0.50 |" in text
+    assert f"{start} peer compiled | 99.0 | 66.0 | 84.0 | 2,345 | - | - | - | RuntimeError: a / b |" in text
+    assert f"{start} W4A4 | 138.0 | 66.0 | 84.0 | 3,000 | - | - | - | - |" in text
 
 
 def test_the_report_says_what_the_lines_say(results):
