@@ -31,11 +31,12 @@ def quantize_(model: nn.Module, method: str, bits: str, statistics: Mapping[str,
         linear = linear_named(model, row.name)
         check_weight(linear.weight, f"{row.name}.weight")
         if row.action == "int4":
-            made[row.name] = quantize_layer(linear, row, seed)
+            made[row.name] = quantize_layer(linear, row)
             continue
         if row.name not in statistics:
             raise ConfigError(f"{row.name} has no calibration statistics: calibrate the model that is quantized")
-        widths = (row.weight_bits, row.activation_bits)
+        assert row.spec is not None
+        widths = row.spec.weight.bits, 16 if row.spec.tokens is None else row.spec.tokens.bits
         try:
             layer = METHODS[method].make(linear.weight.detach().float(), statistics[row.name], widths, seed)
         except ConfigError as error:

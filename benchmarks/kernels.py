@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import DISTORTION, INPUTS, Candidate, Case, error_bound, relative_error
-from orbitdit import trellis
-from orbitdit.codebook import GRID_DTYPES, codebook_on, look_up
+from orbitdit.codebooks import indices, points
+from orbitdit.codebooks.lloyd_max import look_up
 from orbitdit.config import TRELLIS_STATES
-from orbitdit.kernels import E4M3, GRIDS
-from orbitdit.kernels import decode as decode_cuda
-from orbitdit.kernels.reference import apply_before
-from orbitdit.kernels.rotate_encode import rotate_encode
+from orbitdit.grids import E4M3, GRIDS
+from orbitdit.ops import ops
+from orbitdit.ops.rotate_encode.cuda import rotate_encode
+from orbitdit.ops.rotate_encode.reference import apply_prologue
 from orbitdit.packing import packed_width, unpack
-from orbitdit.quantize import quantize_weight
+from orbitdit.quantize import quantize_weight, search
 from orbitdit.rotation import rotation
+from orbitdit.spec import Encoding, LayerSpec, Projection, TokenCode, WeightCode
 
 ENCODE = (  # tokens, width: FLUX, Z-Image, Wan 1.3B and 14B, CogVideoX
     (4608, 3072),
@@ -37,7 +38,7 @@ DECODE = ((3072, 3072), (12288, 3072), (3072, 12288), (3072, 15360), (13824, 512
 DECODE_BITS = (2, 3, 4, 6)
 TRELLIS_DECODE = ((3072, 3072), (12288, 3072), (3072, 15360))
 TRELLISES = ((2, 8), (2, 10), (2, 12), (3, 12), (4, 12))
-"""Bits, and log2 of the states."""
+"""Bits, and log2 of the number of states."""
 VITERBI = ((3072, 3072), (3072, 15360))
 VITERBI_ON_CPU = ((64, 3072),)
 VITERBI_BITS = (2, 3, 4)
@@ -49,12 +50,22 @@ DECODE_BOUND = 0.08
 """How far, relatively, the points of a number grid may be from the centroids that they stand for."""
 
 
-PROVIDERS = ("copy", *GRID_DTYPES)
+PROVIDERS = ("copy", *GRIDS)
 
 
-def values_of(values: Tensor, scales: Tensor, grid: str) -> Tensor:
-    """What grid bytes and their row scales stand for, in fp32."""
-    return values.view(GRID_DTYPES[grid]).float() * scales.float().reshape(-1, 1)
+def weight_code(bits: int, log2_states: int | None = None) -> WeightCode:
+    """Scalar codes, or those of a trellis."""
+    return WeightCode("scalar" if log2_states is None else "trellis", bits, "norm", log2_states)
+
+
+def layer_of(width: int, rows: int, code: WeightCode) -> LayerSpec:
+    """A layer whose tokens have codes of `ENCODE_BITS`."""
+    return LayerSpec(width, rows, code, TokenCode(ENCODE_BITS))
+
+
+def values_of(values: Tensor, scales: Tensor) -> Tensor:
+    """What values on a grid and their row scales stand for, in fp32."""
+    return values.float() * scales[:, None]
 
 
 def copy_of(size: int, device: str) -> Callable[[], Candidate]:
@@ -84,7 +95,7 @@ class Encode:
     def open(self) -> Mapping[str, Callable[[], Candidate]]:
         shape = (self.tokens, self.width)
         inputs = [torch.randn(shape, device=self.device, dtype=torch.bfloat16) for _ in range(INPUTS)]
-        makers = {grid: lambda grid=grid: self.candidate(inputs, grid) for grid in GRID_DTYPES}
+        makers = {grid: lambda grid=grid: self.candidate(inputs, grid) for grid in GRIDS}
         return {"copy": copy_of(self.bytes, self.device), **makers}
 
     @property
@@ -92,18 +103,20 @@ class Encode:
         return 3 * self.tokens * self.width
 
     def candidate(self, inputs: list[Tensor], grid: str) -> Candidate:
+        key = Projection.key_of((layer_of(self.width, 16, weight_code(ENCODE_BITS)).key,), grid)
+
         def run(i: int) -> tuple[Tensor, Tensor]:
-            return torch.ops.orbitdit.rotate_encode(inputs[i], ENCODE_BITS, 0, GRIDS[grid])
+            return ops.rotate_encode(inputs[i], key)
 
         def error() -> float:
             values, scales = run(0)
             reference = rotation(self.width, 0).apply(inputs[0][:SAMPLE].float())
-            return relative_error(values_of(values[:SAMPLE], scales[:SAMPLE], grid), reference)
+            return relative_error(values_of(values[:SAMPLE], scales[:SAMPLE]), reference)
 
         return Candidate(run, error, error_bound("bf16", str(ENCODE_BITS), 1.2), {"bytes": self.bytes})
 
 
-BEFORE = (
+PROLOGUES = (
     ("gelu", 4608, 15360, 3072),
     ("gelu", 4608, 12288, 0),
     ("layer_norm", 4608, 3072, 0),
@@ -116,10 +129,10 @@ APART, TOGETHER = "apart", "in the encoding"
 
 
 @dataclass(frozen=True)
-class Before:
+class Prologue:
     """An encoding with what precedes it: in the kernel itself, or compiled and then encoded."""
 
-    before: str
+    prologue: str
     tokens: int
     width: int
     first: int
@@ -127,43 +140,44 @@ class Before:
 
     @property
     def name(self) -> str:
-        return f"{self.before.replace('_', ' ')} and encode {self.tokens}x{self.width}"
+        return f"{self.prologue.replace('_', ' ')} and encode {self.tokens}x{self.width}"
 
     def drawn(self) -> tuple[Tensor, list[Tensor]]:
-        """Tokens and extras for `apply_before`."""
+        """Tokens and the arguments of `apply_prologue`."""
 
         def noise(*shape: int) -> Tensor:
             return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
 
-        if self.before == "silu":
+        if self.prologue == "silu":
             x, gate = noise(self.tokens, 2 * self.width).chunk(2, dim=1)  # of one product
             return x, [gate]
         x = noise(self.tokens, self.width - self.first)
-        if self.before == "gelu":
+        if self.prologue == "gelu":
             return x, [noise(self.tokens, self.first)] if self.first else []
         scale, other = noise(1, self.width) / 8, noise(1, self.width)
-        return x, [scale, other] if self.before == "layer_norm" else [other, scale]
+        return x, [scale, other] if self.prologue == "layer_norm" else [other, scale]
 
     def open(self) -> Mapping[str, Callable[[], Candidate]]:
         inputs = [self.drawn() for _ in range(INPUTS)]
-        size = (5 if self.before == "silu" else 3) * self.tokens * self.width  # a gate is read too
-        made = torch.compile(apply_before, fullgraph=True, dynamic=False)
+        size = (5 if self.prologue == "silu" else 3) * self.tokens * self.width  # a gate is read too
+        made = torch.compile(apply_prologue, fullgraph=True, dynamic=False)
+        encoding = Encoding(self.width, ENCODE_BITS, E4M3.name)
 
         def apart(i: int) -> tuple[Tensor, Tensor]:
-            x, extras = inputs[i]
-            return torch.ops.orbitdit.rotate_encode(made(x, self.before, extras), ENCODE_BITS, 0, E4M3)
+            x, args = inputs[i]
+            return rotate_encode(made(x, self.prologue, args), encoding)
 
         def together(i: int) -> tuple[Tensor, Tensor]:
-            x, extras = inputs[i]
-            return rotate_encode(x, ENCODE_BITS, 0, "e4m3", before=self.before, extras=extras)
+            x, args = inputs[i]
+            return rotate_encode(x, encoding, self.prologue, args)
 
         def candidate(run: Callable[[int], tuple[Tensor, Tensor]]) -> Candidate:
             def error() -> float:
                 values, scales = run(0)
-                x, extras = inputs[0]
-                tokens = apply_before(x, self.before, extras)[:SAMPLE]
+                x, args = inputs[0]
+                tokens = apply_prologue(x, self.prologue, args)[:SAMPLE]
                 reference = rotation(self.width, 0).apply(tokens.float())
-                return relative_error(values_of(values[:SAMPLE], scales[:SAMPLE], "e4m3"), reference)
+                return relative_error(values_of(values[:SAMPLE], scales[:SAMPLE]), reference)
 
             bound = error_bound("bf16", str(ENCODE_BITS), 1.2)
             return Candidate(run, error, bound, {"bytes": size})
@@ -180,46 +194,49 @@ class Decode:
     width: int
     bits: int
     device: str
-    states: int = 0
+    log2_states: int | None = None
 
     @property
     def name(self) -> str:
-        codes = f"{self.bits}-bit 2^{self.states}-state" if self.states else f"{self.bits}-bit"
+        codes = f"{self.bits}-bit" if self.log2_states is None else f"{self.bits}-bit 2^{self.log2_states}-state"
         return f"decode {codes} {self.rows}x{self.width}"
 
+    @property
+    def spec(self) -> LayerSpec:
+        return layer_of(self.width, self.rows, weight_code(self.bits, self.log2_states))
+
     def open(self) -> Mapping[str, Callable[[], Candidate]]:
-        if self.states:  # any bits are a trellis' codes
+        if self.log2_states is None:
+            weight = torch.randn(self.rows, self.width, device=self.device, dtype=torch.bfloat16)
+            codes, scales = quantize_weight(weight, self.spec)
+        else:  # any bits are a trellis' codes
             shape = (self.rows, packed_width(self.width, self.bits))
             codes = torch.randint(256, shape, device=self.device, dtype=torch.uint8)
             scales = torch.rand(self.rows, device=self.device).bfloat16()
-        else:
-            weight = torch.randn(self.rows, self.width, device=self.device, dtype=torch.bfloat16)
-            codes, scales = quantize_weight(weight, self.bits)
         size = codes.nbytes + self.rows * self.width
         copies = [codes.clone() for _ in range(INPUTS)]
-        makers = {grid: lambda grid=grid: self.candidate(copies, scales, grid, size) for grid in GRID_DTYPES}
+        makers = {grid: lambda grid=grid: self.candidate(copies, scales, grid, size) for grid in GRIDS}
         return {"copy": copy_of(size, self.device), **makers}
 
     def candidate(self, codes: list[Tensor], scales: Tensor, grid: str, size: int) -> Candidate:
+        key = Projection.key_of((self.spec.key,), grid)
+
         def run(i: int) -> tuple[Tensor, Tensor]:
-            if self.states:
-                return decode_cuda.decode(codes[i], scales, self.bits, self.width, grid, self.states)
-            return torch.ops.orbitdit.decode(codes[i], scales, self.bits, self.width, GRIDS[grid])
+            return ops.decode(codes[i], scales, key)
 
         def error() -> float:
             values, row_scales = run(0)
             reference = self.centroids(unpack(codes[0][:SAMPLE], self.bits, self.width))
             reference = reference * scales[:SAMPLE].float()[:, None]
-            return relative_error(values_of(values[:SAMPLE], row_scales[:SAMPLE], grid), reference)
+            return relative_error(values_of(values[:SAMPLE], row_scales[:SAMPLE]), reference)
 
         return Candidate(run, error, DECODE_BOUND, {"bytes": size})
 
     def centroids(self, codes: Tensor) -> Tensor:
         """What codes stand for in a row of norm 1, in fp32."""
-        if not self.states:
-            return look_up(codes, codebook_on(self.width, self.bits, codes.device, torch.float32).centroids)
-        table = trellis.table_on(self.bits, self.states, codes.device, torch.float32)
-        return look_up(trellis.windows(codes, self.bits, self.states), table) / self.width**0.5
+        code = self.spec.weight
+        table, step = points(code, self.width, codes.device, torch.float32)
+        return look_up(indices(codes, code), table) * step
 
 
 @dataclass(frozen=True)
@@ -229,29 +246,30 @@ class Viterbi:
     rows: int
     width: int
     bits: int
-    states: int
+    log2_states: int
     device: str
 
     @property
     def name(self) -> str:
-        return f"viterbi {self.bits}-bit 2^{self.states}-state {self.rows}x{self.width}"
+        return f"viterbi {self.bits}-bit 2^{self.log2_states}-state {self.rows}x{self.width}"
 
     def open(self) -> Mapping[str, Callable[[], Candidate]]:
         return {"viterbi": self.candidate}
 
     def candidate(self) -> Candidate:
         inputs = [torch.randn(self.rows, self.width, device=self.device) for _ in range(INPUTS)]
-        table = trellis.table_on(self.bits, self.states, torch.device(self.device), torch.float32)
+        code = weight_code(self.bits, self.log2_states)
+        table, _ = points(code, self.width, torch.device(self.device), torch.float32)
 
         def run(i: int) -> Tensor:
-            return trellis.encode(inputs[i], self.bits, self.states)
+            return search(inputs[i], code, self.width)
 
         def error() -> float:
-            found = look_up(trellis.windows(run(0)[:SAMPLE], self.bits, self.states), table)
+            found = look_up(indices(run(0)[:SAMPLE], code), table)
             return relative_error(found, inputs[0][:SAMPLE])
 
         weights = self.rows * self.width
-        facts = {"weights": weights, "flops": 3 * weights << self.states, "peak": "fp32"}
+        facts = {"weights": weights, "flops": 3 * weights << self.log2_states, "peak": "fp32"}
         return Candidate(run, error, DISTORTION[str(self.bits)] ** 0.5, facts)  # less than scalar codes have
 
 
@@ -259,7 +277,7 @@ def cases(device: str) -> list[Case]:
     encodes = [Encode(tokens, width, device) for tokens, width in ENCODE]
     decodes = [Decode(rows, width, bits, device) for rows, width in DECODE for bits in DECODE_BITS]
     decodes += [Decode(*shape, bits, device, states) for shape in TRELLIS_DECODE for bits, states in TRELLISES]
-    both = [Before(*sizes, device) for sizes in BEFORE] if device == "cuda" else []
+    both = [Prologue(*sizes, device) for sizes in PROLOGUES] if device == "cuda" else []
     shapes = VITERBI if device == "cuda" else VITERBI_ON_CPU
     searches = [
         Viterbi(*shape, bits, states, device) for shape in shapes for bits in VITERBI_BITS for states in TRELLIS_STATES

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import orbitdit
 from benchmarks import peers
 from benchmarks.measure import INPUTS, Candidate, Case, error_bound, relative_error
 from benchmarks.peers import Forward, each
-from orbitdit import Int4Linear, OrbitLinear
+from orbitdit import Int4Linear, OrbitLinear, OrbitQuantConfig
 from orbitdit.linear import share_inputs
+from orbitdit.spec import INT4, LayerSpec, WeightCode
+from orbitdit.tokens import Tokens
 
 STORED_BITS = {"bf16": 16, "e4m3": 8, "int8": 8, "6": 6, "4": 4, "3": 3, "2": 2}
 SAMPLE = 128
@@ -34,29 +37,36 @@ class Provider:
     stored: str | None = None
 
 
-def ours(weight: int, activation: int, grid: str = "e4m3", resident: bool = False, states: int = 0) -> Provider:
+def ours(bits: str, grid: str = "e4m3", cache_decoded: bool = False, **options: Any) -> Provider:
+    """Our layers with a configuration of these bits; of the paper's recipe unless `options` has another."""
+    config = OrbitQuantConfig(bits, **{"recipe": "paper", **options})
     return Provider(
-        lambda linears: our_layers(linears, weight, activation, grid, resident, states),
-        str(weight),
-        str(activation),
+        lambda linears: our_layers(linears, config, grid, cache_decoded),
+        str(config.weight_bits),
+        str(config.activation_bits),
         "int8" if grid == "auto" else grid,
-        stored=grid if resident else None,
+        stored=grid if cache_decoded else None,
     )
 
 
-def our_layers(
-    linears: list[nn.Linear], weight: int, activation: int, grid: str, resident: bool, states: int
-) -> Forward:
-    layers = [OrbitLinear.from_linear(linear, weight, activation, states=states) for linear in linears]
+def our_layers(linears: list[nn.Linear], config: OrbitQuantConfig, grid: str, cache_decoded: bool) -> Forward:
+    """Our layers; several of them get one value of `Tokens` a call, by which they share its encoding."""
+    layers = [
+        OrbitLinear.from_linear(linear, config.layer((linear.in_features, linear.out_features))) for linear in linears
+    ]
     for layer in layers:
-        orbitdit.set_grid_(layer, grid, resident=resident)
-    if len(layers) > 1:
-        share_inputs(layers)
-    return each(layers)
+        orbitdit.set_grid_(layer, grid, cache_decoded=cache_decoded)
+    if len(layers) == 1:
+        return each(layers)
+    share_inputs(layers)
+    together = each(layers)
+    return lambda x: together(Tokens(x))
 
 
 def our_int4(linears: list[nn.Linear]) -> Forward:
-    return each([Int4Linear.from_linear(linear) for linear in linears])
+    code = WeightCode(INT4, 4)
+    specs = [LayerSpec(linear.in_features, linear.out_features, code, None, None) for linear in linears]
+    return each([Int4Linear.from_linear(linear, spec) for linear, spec in zip(linears, specs, strict=True)])
 
 
 ABSMAX = 2.0
@@ -64,17 +74,17 @@ ABSMAX = 2.0
 
 PROVIDERS = {
     "bf16": Provider(each, "bf16", "bf16", "bf16"),
-    "W4A4": ours(4, 4, "e4m3"),
-    "W3A3": ours(3, 3, "e4m3"),
-    "W2A4": ours(2, 4, "e4m3"),
-    "W2A3": ours(2, 3, "e4m3"),
-    "W4A6": ours(4, 6, "e4m3"),
-    "W2A4 trellis": ours(2, 4, "e4m3", states=12),
-    "W3A3 trellis": ours(3, 3, "e4m3", states=12),
-    "W4A4 int8": ours(4, 4, "int8"),
-    "W2A4 int8": ours(2, 4, "int8"),
-    "W2A4 trellis int8": ours(2, 4, "int8", states=12),
-    "W4A4 resident": ours(4, 4, "e4m3", resident=True),
+    "W4A4": ours("w4a4"),
+    "W3A3": ours("w3a3"),
+    "W2A4": ours("w2a4"),
+    "W2A3": ours("w2a3"),
+    "W4A6": ours("w4a6"),
+    "W2A4 trellis": ours("w2a4", codebook="trellis"),
+    "W3A3 trellis": ours("w3a3", codebook="trellis"),
+    "W4A4 int8": ours("w4a4", "int8"),
+    "W2A4 int8": ours("w2a4", "int8"),
+    "W2A4 trellis int8": ours("w2a4", "int8", codebook="trellis"),
+    "W4A4 cached": ours("w4a4", cache_decoded=True),
     "orbitquant W4A4": Provider(lambda linears: peers.orbitquant(linears, "w4a4"), "4", "4", "int8"),
     "orbitquant W2A4": Provider(lambda linears: peers.orbitquant(linears, "w2a4"), "2", "4", "int8"),
     "torchao float8": Provider(peers.torchao_float8, "e4m3", "e4m3", "e4m3"),
@@ -86,30 +96,50 @@ PROVIDERS = {
 }
 CPU_PROVIDERS = {
     "bf16": PROVIDERS["bf16"],
-    **{f"W{w}A{a}": ours(w, a, "auto") for w, a in ((4, 4), (3, 3), (2, 4), (2, 3), (4, 6))},
-    "W4A4 exact": ours(4, 4, "exact"),
+    **{bits.upper(): ours(bits, "auto") for bits in ("w4a4", "w3a3", "w2a4", "w2a3", "w4a6")},
+    "W4A4 exact": ours("w4a4", "exact"),
 }
 MODULATION_PROVIDERS = {
     "bf16": Provider(each, "bf16", "bf16", "bf16"),
     "INT4": Provider(our_int4, "4", "bf16", "bf16"),
     "orbitquant INT4": Provider(peers.orbitquant_int4, "4", "bf16", "bf16"),
 }
+CENTRED_PROVIDERS = {
+    "bf16": PROVIDERS["bf16"],
+    "W2A4 centred": ours("w2a4", recipe="best"),
+    "W2A4 uncentred": ours("w2a4", recipe="best", centred_bits=()),
+}
+"""The default recipe, and the same without centring."""
+COMPETING = {"layer": PROVIDERS, "modulation": MODULATION_PROVIDERS, "centred tokens": CENTRED_PROVIDERS}
+"""By the kind of a case."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """`count` linear layers (width -> out) on one input of `tokens` rows."""
+    """`count` linear layers (width -> out) on one input of `tokens` rows.
+
+    The input is (tokens, width), which is never centred; for "centred tokens" it is (1, tokens, width).
+    """
 
     tokens: int
     width: int
     out: int
     count: int = 1
-    modulation: bool = False
+    kind: str = "layer"
 
     @property
     def name(self) -> str:
         out = f"{self.count}x{self.out}" if self.count > 1 else str(self.out)
-        return f"{'modulation' if self.modulation else 'layer'} {self.tokens}, {self.width} to {out}"
+        return f"{self.kind} {self.tokens}, {self.width} to {out}"
+
+    def inputs(self, device: str) -> list[Tensor]:
+        """Random normal tokens. Those that are centred have half of their variance in common: without the product of
+        their means the gate would be red."""
+        options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        drawn = [torch.randn(self.tokens, self.width, **options) for _ in range(INPUTS)]
+        if self.kind != "centred tokens":
+            return drawn
+        return [((x + torch.randn(self.width, **options)) / 2**0.5)[None] for x in drawn]
 
 
 LAYERS = (
@@ -120,10 +150,21 @@ LAYERS = (
     Layer(4608, 15360, 3072),
     Layer(32760, 5120, 13824),
     *(
-        Layer(rows, width, out, modulation=True)
+        Layer(rows, width, out, kind="modulation")
         for width, out in ((3072, 18432), (3072, 9216), (256, 15360), (512, 18432))
         for rows in (1, 8)
     ),
+    *(
+        Layer(4608, width, out, count, kind="centred tokens")
+        for width, out, count in (
+            (3072, 12288, 1),
+            (3072, 3072, 1),
+            (3072, 3072, 3),
+            (12288, 3072, 1),
+            (15360, 3072, 1),
+        )
+    ),
+    Layer(32760, 1536, 8960, kind="centred tokens"),
     Layer(4096, 3072, 9216),
     Layer(4096, 3840, 10240),
     Layer(32760, 1536, 8960),
@@ -136,7 +177,7 @@ CPU_LAYERS = (Layer(1024, 3072, 3072), Layer(4096, 3072, 3072), Layer(256, 3072,
 
 @dataclass
 class Workload:
-    """The tensors of a layer's case: random normal inputs, and weights that keep their scale."""
+    """The tensors of a layer's case: its inputs, and weights that keep their scale."""
 
     layer: Layer
     device: str
@@ -144,7 +185,7 @@ class Workload:
     def __post_init__(self) -> None:
         layer, options = self.layer, {"device": self.device, "dtype": torch.bfloat16}
         torch.manual_seed(0)
-        self.inputs = [torch.randn(layer.tokens, layer.width, **options) for _ in range(INPUTS)]
+        self.inputs = layer.inputs(self.device)
         self.linears = [nn.Linear(layer.width, layer.out, **options) for _ in range(layer.count)]
         with torch.no_grad():
             for linear in self.linears:
@@ -152,16 +193,20 @@ class Workload:
                 linear.requires_grad_(False)
         rows = range(layer.tokens)
         self.rows = sorted({*rows[:SAMPLE], *rows[-SAMPLE:]})
-        sample = self.inputs[0][self.rows].float()
+        sample = self.sampled(self.inputs[0]).float()
         self.reference = torch.cat(
             [sample @ linear.weight.float().T + linear.bias.float() for linear in self.linears], dim=-1
         )
+
+    def sampled(self, x: Tensor) -> Tensor:
+        """The rows (sample, channels) of `x` (..., tokens, channels) that the gate compares."""
+        return x.flatten(0, -2)[self.rows]
 
     def candidate(self, provider: Provider) -> Candidate:
         forward = provider.make(self.linears)
 
         def error() -> float:
-            outputs = torch.cat([y[self.rows] for y in forward(self.inputs[0])], dim=-1)
+            outputs = torch.cat([self.sampled(y) for y in forward(self.inputs[0])], dim=-1)
             return relative_error(outputs, self.reference)
 
         bound = error_bound(provider.weight, provider.activation, provider.slack)
@@ -178,7 +223,7 @@ class Workload:
 
 def case_of(layer: Layer, device: str, providers: Mapping[str, Provider] | None = None) -> Case:
     """The case of a layer with its usual providers, or with others."""
-    competing = providers or (MODULATION_PROVIDERS if layer.modulation else PROVIDERS)
+    competing = providers or COMPETING[layer.kind]
 
     def opened() -> Mapping[str, Callable[[], Candidate]]:
         work = Workload(layer, device)

@@ -31,11 +31,13 @@ def resident_mb() -> float:
 
 def measure(provider: str) -> None:
     """Print resident MB of the layers, before and after a forward pass of each, over the process without them."""
-    from orbitdit import OrbitLinear
+    from orbitdit import OrbitLinear, OrbitQuantConfig
+
+    spec = OrbitQuantConfig("w4a4").layer((WIDTH, WIDTH))
 
     def make() -> nn.Module:
         linear = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16).requires_grad_(False)
-        return linear if provider == "bf16" else OrbitLinear.from_linear(linear, 4, 4)
+        return linear if provider == "bf16" else OrbitLinear.from_linear(linear, spec)
 
     x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -46,7 +46,7 @@ def read(folder: Path) -> list[Row]:
     found: dict[tuple, Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
         beside: dict[tuple, dict[str, Row]] = {}
-        for text in path.read_text().splitlines():
+        for text in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(text)
             case = (row["gpu"], row["suite"], row["case"])
             row["beside"] = beside.setdefault(case, {})

@@ -22,7 +22,13 @@ import torch
 from benchmarks.kernels import ENCODE
 from benchmarks.report import table
 from orbitdit.config import TRELLIS_BITS, TRELLIS_STATES
-from orbitdit.kernels import decode, int4_linear, matmul, means, nvrtc, rotate_encode, viterbi
+from orbitdit.ops import nvrtc
+from orbitdit.ops.decode import cuda as decode
+from orbitdit.ops.int4_linear import cuda as int4_linear
+from orbitdit.ops.linear import matmul
+from orbitdit.ops.rotate_encode import cuda as rotate_encode
+from orbitdit.ops.rotate_encode import means_cuda as means
+from orbitdit.ops.viterbi import cuda as viterbi
 
 ROOT = Path(__file__).parent.parent
 LINES, PAGE = ROOT / "benchmarks/results/resources/kernels.jsonl", ROOT / "docs/kernels.md"
@@ -112,6 +118,18 @@ def launches(arch: Architecture) -> list[Launch]:
     return [*_encoding(), *_decoding(), *_viterbi(), *_int4(arch), *_means(), *_scale()]
 
 
+SOURCES = {
+    name: f"{folder}/{name}.cu"
+    for name, folder in {
+        "rotate_encode": "rotate_encode",
+        "means": "rotate_encode",
+        "decode": "decode",
+        "viterbi": "viterbi",
+        "int4_linear": "int4_linear",
+        "scale": "linear",
+    }.items()
+}
+"""The files of the kernels, below `orbitdit/ops`."""
 TYPES = {False: "bf16", True: "fp16"}
 
 
@@ -152,7 +170,8 @@ def _encoding() -> Iterator[Launch]:
     for encoding, half in product(chain(*_encodings()), TYPES):
         dim, before, first, centred, bits = encoding
         tile = rotate_encode.tile_of(dim, before)
-        constants = rotate_encode.compile_options(dim, bits, half, tile, before, first, centred)
+        kind = rotate_encode.Kind(half, before, first, centred)
+        constants = rotate_encode.compile_options(dim, bits, tile, kind)
         shape = 32 * tile.warps, rotate_encode.shared_bytes(dim, tile)
         yield Launch("rotate_encode", encoding.case, TYPES[half], constants, *shape)
 
@@ -161,7 +180,7 @@ def _decoding() -> Iterator[Launch]:
     codes = [(bits, 0) for bits in (2, 3, 4, 6)] + list(product(TRELLIS_BITS, TRELLIS_STATES))
     for (bits, states), members in product(codes, range(1, decode.MEMBERS + 1)):
         for bias in (False, True)[: 1 if members == 1 else 2]:  # one weight's bias is taken as it is
-            constants = decode.compile_options(bits, states, members, bias)
+            constants = decode.compile_options(bits, states or bits, members, bias)
             variant = f"{members} weights{' and biases' if bias else ''}"
             yield Launch("decode", _code(bits, states), variant, constants, constants["THREADS"], 0)
 
@@ -208,7 +227,7 @@ def resources(launch: Launch, arch: Architecture) -> dict[str, Any]:
     dynamic), blocks, and what the compiler warns of, if it does. Raises RuntimeError if the kernel does not compile.
     """
     constants = tuple(launch.constants.items())
-    _, log = nvrtc.compile_with_log(f"{launch.kernel}.cu", constants, arch.name, "--ptxas-options=-v")
+    _, log = nvrtc.compile_with_log(SOURCES[launch.kernel], constants, arch.name, "--ptxas-options=-v")
     (registers,) = map(int, re.findall(r"Used (\d+) registers", log))
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     shared = launch.shared + sum(map(int, re.findall(r"(\d+) bytes smem", log)))

@@ -17,10 +17,15 @@ from benchmarks.families import MODELS
 from benchmarks.report import Row, ratio, read, table
 from orbitdit import OrbitQuantConfig, plan
 from orbitdit.shapes.prompts import CATEGORIES
-from scripts.quality_page import readme_table
+from scripts.quality import FULL
+from scripts.quality_page import read as read_quality
+from scripts.quality_page import readme_table, share
 
 ROOT = Path(__file__).parent.parent
 GPU = "NVIDIA H200"
+TWO_BITS = "W2A4 trellis compiled"
+"""W2A4 as `OrbitQuantConfig("w2a4")` has it."""
+SETTINGS = ("W4A6", "W4A4", "W3A6", "W3A3", "W2A6", "W2A4", "W2A3")
 
 
 def families() -> str:
@@ -61,46 +66,79 @@ def measured(suite: str) -> dict[tuple[str, str], Row]:
     return {(r["case"], r["provider"]): r for r in rows if r["status"] == "ok"}
 
 
-def gain(found: dict[tuple[str, str], Row], case: str, provider: str, reference: str) -> str:
-    """How many times faster than the reference, "-" where one of them was not measured."""
-    row = found.get((case, provider))
-    return ratio(row, reference) if row else "-"
+def runs(found: dict[tuple[str, str], Row], case: str, providers: tuple[str, ...]) -> list[dict[str, Row]]:
+    """The runs of `case`, each of one commit, that hold the newest lines of `providers`: rows by provider."""
+    newest = [found[case, provider]["beside"] for provider in providers if (case, provider) in found]
+    return list({id(run): run for run in newest}.values())
+
+
+def gain(run: dict[str, Row], provider: str, reference: str) -> str:
+    """How many times faster than the reference in this run, "-" where one of them was not measured."""
+    return ratio(run[provider], reference) if provider in run else "-"
 
 
 def speed() -> str:
-    """Milliseconds a step and peak memory of the models."""
+    """Milliseconds a step and peak memory of the models: a row is one run, of one commit."""
     found = measured("models")
     rows = []
     for case in dict.fromkeys(case for case, _ in found):
-        base, ours = found.get((case, "bf16 compiled")), found.get((case, "W4A4 compiled"))
-        if base is None or ours is None:
-            continue
-        kinds = [f"{kind} compiled" for kind in ("bf16", "torchao float8", "W4A4", "W2A4 trellis")]
-        memory = [f"{found[case, kind]['peak_gb']:.1f}" if (case, kind) in found else "-" for kind in kinds]
-        gains = [gain(found, case, kind, "bf16 compiled") for kind in kinds[2:] + kinds[1:2]]
-        eager = gain(found, case, "W4A4", "bf16")
-        rows.append([case, *(f"{r['median_us'] / 1e3:.1f}" for r in (base, ours)), *gains, eager, " / ".join(memory)])
-    head = ["bf16, ms", "W4A4, ms", "W4A4", "W2A4", "torchao float8", "W4A4 eager over bf16 eager"]
-    return table([f"one step on {GPU}", *head, "peak GB: bf16 / float8 / W4A4 / W2A4"], rows)
+        for run in runs(found, case, ("W4A4 compiled", "torchao float8 compiled")):
+            base, ours = run.get("bf16 compiled"), run.get("W4A4 compiled")
+            if base is None or ours is None:
+                continue
+            older = run.get(TWO_BITS) is not found.get((case, TWO_BITS))  # from before the recipe was what it is
+            kept = {provider: row for provider, row in run.items() if not (older and provider == TWO_BITS)}
+            kinds = ("bf16 compiled", "torchao float8 compiled", "W4A4 compiled", TWO_BITS)
+            memory = [f"{kept[kind]['peak_gb']:.1f}" if kind in kept else "-" for kind in kinds]
+            gains = [gain(kept, kind, "bf16 compiled") for kind in (*kinds[2:], kinds[1])]
+            times = [f"{r['median_us'] / 1e3:.1f}" for r in (base, ours)]
+            rows.append([case, *times, *gains, " / ".join(memory), ours["commit"][:7]])
+    head = ["bf16, ms", "W4A4, ms", "W4A4", "W2A4", "torchao float8"]
+    return table([f"one step on {GPU}", *head, "peak GB: bf16 / float8 / W4A4 / W2A4", "commit"], rows)
 
 
 def layers() -> str:
-    """Single layers over bf16, ours and the best of the others."""
-    own = ("W4A4", "W2A4", "W2A4 trellis", "W4A6")
-    found, others = measured("layers"), ("torchao float8", "orbitquant W4A4", "orbitquant W2A4", "comfy-kitchen W4A4")
+    """Single layers over bf16, ours and the best of the others: a row is the run that has most of them."""
+    own = ("W4A4", "W2A4", "W4A6")
+    others = ("torchao float8", "orbitquant W4A4", "orbitquant W2A4", "comfy-kitchen W4A4")
+    found = measured("layers")
     cases = [case for case in dict.fromkeys(case for case, _ in found) if case.startswith("layer ")]
-    rows = [
-        [
-            case.removeprefix("layer "),
-            f"{found[case, 'bf16']['median_us']:.0f}",
-            *(gain(found, case, provider, "bf16") for provider in (*own, *others)),
-        ]
-        for case in sorted(cases, key=lambda c: [int(n) for n in re.findall("[0-9]+", c)])
-    ]
-    return table([f"tokens, in to out, on {GPU}", "bf16, us", *own, *others], rows)
+    rows = []
+    for case in sorted(cases, key=lambda c: [int(n) for n in re.findall("[0-9]+", c)]):
+        columns = (*own, *others)
+        run = max(runs(found, case, columns), key=lambda run: sum(provider in run for provider in columns))
+        gains = [gain(run, provider, "bf16") for provider in columns]
+        base = run["bf16"]
+        rows.append([case.removeprefix("layer "), f"{base['median_us']:.0f}", *gains, base["commit"][:7]])
+    return table([f"tokens, in to out, on {GPU}", "bf16, us", *own, *others, "commit"], rows)
+
+
+def bits() -> str:
+    """Settings by what they keep of the pictures, what FLUX.1-dev takes with them, and the speed of its step."""
+    lines = [row for row in read_quality(ROOT / "docs/quality")[0] if row["status"] == "ok"]
+    fulls = {row["model"]: row for row in lines if row["method"] == FULL}
+    with init_empty_weights():
+        flux = MODELS[0].make()
+    for parameter in flux.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    before = sum(p.numel() * p.element_size() for p in flux.parameters())
+    (run,) = runs(measured("models"), MODELS[0].name, (TWO_BITS,))
+    rows = []
+    for setting in SETTINGS:
+        chosen = [row for row in lines if (row["method"], row["bits"]) == ("orbitdit", setting)]
+        own = {model: [row for row in chosen if row["model"] == model] for model in fulls}
+        shares = [share(own[model], full, "orbitdit", setting).strip("*") for model, full in fulls.items()]
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in chosen)) or "-"
+        found = plan(flux, OrbitQuantConfig(setting.lower()))
+        provider = next((p for p in (f"{setting} trellis compiled", f"{setting} compiled") if p in run), "")
+        size = f"{(before - found.bytes_before + found.bytes_after) / 1e9:.2f}"
+        rows.append([setting, *shares, commits, size, gain(run, provider, "bf16 compiled")])
+    speed = f"step of {MODELS[0].name} over bf16, {run['W4A4 compiled']['commit'][:7]}"
+    return table(["bits", *(f"right pictures, {m}" for m in fulls), "commits", f"GB of {MODELS[0].name}", speed], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "bits": bits,
     "families": families,
     "demo": demo,
     "quality": readme_table,

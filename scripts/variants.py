@@ -20,6 +20,7 @@ sense: they look at pictures that the model makes from noise without a prompt, w
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,12 @@ from torch import Tensor, nn
 
 from baselines import Statistics
 from orbitdit import OrbitLinear, OrbitQuantConfig, plan
-from orbitdit.codebook import kept, look_up, nearest, on_grid
+from orbitdit.codebooks.lloyd_max import look_up, nearest, on_grid, shrinkage
 from orbitdit.errors import ConfigError
-from orbitdit.kernels.centring import spread, token_means
-from orbitdit.kernels.reference import decode, normalize
 from orbitdit.model import linear_named, quantize_layer, replace_module
+from orbitdit.ops.decode.reference import decode
+from orbitdit.ops.rotate_encode.means import spread, token_means
+from orbitdit.ops.rotate_encode.reference import normalize
 from orbitdit.policy import LayerPlan
 from orbitdit.quantize import QuantizedWeight, check_weight, quantize_weight
 from orbitdit.rotation import rotation
@@ -41,7 +43,7 @@ E4M3_MAX = 448.0
 STEPS = (0.85, 0.92, 1.0, 1.08, 1.16)
 """Multiples of the codebook that "token-search" tries on each token."""
 TRELLIS_ERRORS = {2: 0.0709, 3: 0.0185, 4: 0.0049}
-"""Squared error of 2^12 states on normal rows, by bits (see `orbitdit.trellis`)."""
+"""Squared error of 2^12 states on normal rows, by bits (see `orbitdit.codebooks.trellis`)."""
 
 Transform = Callable[[Tensor], Tensor]
 """An orthogonal transform of rows (..., dim), in their dtype."""
@@ -81,7 +83,7 @@ def unbiased_on_average(u: Tensor, codebook: Codebook) -> tuple[Tensor, float]:
     """`unbiased` with the mean of <u, q> over random tokens in place of each one's own: a constant, 1 / (1 - D), that
     folds into a scale and costs nothing at run time."""
     values, scale = by_norm(u, codebook)
-    return values, scale / kept(u.shape[-1], len(codebook.values).bit_length() - 1)
+    return values, scale / shrinkage(u.shape[-1], len(codebook.values).bit_length() - 1)
 
 
 def searched(u: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
@@ -277,8 +279,7 @@ class VariantLinear(nn.Module):
         super().__init__()
         self.coded, self.encoding = coded, encoding
         self.in_features, self.out_features = coded.in_features, coded.out_features
-        packed = coded.codes, coded.scales, coded.weight_bits, coded.in_features, GRID, coded.states
-        values, scales = decode(*packed)
+        values, scales = decode(coded.codes, coded.scales, coded.spec, GRID)
         self.register_buffer("values", values.float())
         self.register_buffer("row_scales", scales)
 
@@ -287,7 +288,7 @@ class VariantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The stand-in of `OrbitLinear`."""
+        """That of `OrbitLinear`."""
         return self.coded.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -327,15 +328,17 @@ def variant_layer(
         weight = weight.float() * balance
     if variant.block_seeds:
         seed = seed * 7919 + zlib.crc32(row.name.rpartition(".")[0].encode())
-    width = row.in_features, row.activation_bits, seed
+    assert row.spec is not None
+    assert row.spec.tokens is not None
+    width = row.in_features, row.spec.tokens.bits, seed
     encoding = encodings.get(width) or Encoding(variant, *width, balance, weight.device)
     encodings[width] = encoding
-    key = row.name, row.weight_bits, row.states, seed, variant.before
+    spec = replace(row.spec, tokens=None, seed=seed)
+    key = row.name, spec, variant.before
     if key not in codes:
         given = weight if encoding.before is None else encoding.before(weight.double())
-        options = row.weight_bits, seed, f"{row.name}.weight"
-        codes[key] = quantize_weight(given, *options, states=row.states, scale=row.scale)
-    layer = VariantLinear(_coded(codes[key], linear.bias, row, seed), encoding)
+        codes[key] = quantize_weight(given, spec, f"{row.name}.weight")
+    layer = VariantLinear(OrbitLinear(spec, linear.bias, codes[key], dtype=linear.weight.dtype), encoding)
     if balance is not None:
         layer.coded.balance = nn.Parameter(balance.to(torch.bfloat16), requires_grad=False)  # to be counted
     if variant.own_mean and statistics is not None:
@@ -355,19 +358,6 @@ def balance_of(statistics: Statistics) -> Tensor:
     """
     moments = statistics.hessian.diagonal()
     return (moments / moments.mean()).clamp(1e-4, 1e4).pow(0.25).to(torch.bfloat16).float()
-
-
-def _coded(quantized: QuantizedWeight, bias: Tensor | None, row: LayerPlan, seed: int) -> OrbitLinear:
-    return OrbitLinear(
-        row.in_features,
-        row.out_features,
-        bias,
-        weight_bits=row.weight_bits,
-        activation_bits=row.activation_bits,
-        states=row.states,
-        seed=seed,
-        quantized=quantized,
-    )
 
 
 @torch.no_grad()
@@ -405,7 +395,7 @@ def quantize_variant_(
         linear = linear_named(model, row.name)
         check_weight(linear.weight, f"{row.name}.weight")
         if row.action == "int4":
-            made[row.name] = quantize_layer(linear, row, seed)
+            made[row.name] = quantize_layer(linear, row)
         else:
             own = (statistics or {}).get(row.name)
             made[row.name] = variant_layer(linear, row, variant, seed, own, encodings, codes)

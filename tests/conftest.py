@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from orbitdit.kernels import device_grids
+from orbitdit.ops import device_grids
 
 for setting in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
     os.environ.pop(setting, None)  # they change the width and the colours of what the command line prints

@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels of `orbitdit.kernels` on the CPU, thread by thread: the very source, compiled by g++.
+"""Runs the CUDA kernels of `orbitdit.ops` on the CPU, thread by thread: the very source, compiled by g++.
 
 tests/cuda/emulator.h stands in for prelude.cu and CUDA; it says what the emulation shows and what it cannot.
 Tensors are passed as copies that end at a page without access, and are copied back afterwards: reading or writing past
@@ -14,12 +14,13 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-KERNELS = Path(__file__).parents[1] / "src" / "orbitdit" / "kernels"
+OPS = Path(__file__).parents[1] / "src" / "orbitdit" / "ops"
 HEADER = Path(__file__).parent / "cuda" / "emulator.h"
 FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-w")
 POISON = 0xCD
@@ -29,29 +30,31 @@ class EmulationError(RuntimeError):
     """The kernel does not compile, or it deadlocked or left its memory."""
 
 
-def launch(
-    file: str | Path,
-    name: str,
-    grid: tuple[int, int, int],
-    block: int,
-    shared_bytes: int,
-    args: list,
-    defines: dict[str, int | str] | None = None,
-    reverse: bool = False,
-) -> None:
-    """Run kernel `name` of `file` (in the kernels folder, or a path) over `grid` blocks of `block` threads.
+class Launch(NamedTuple):
+    """`grid` blocks of `block` threads, each with `shared_bytes` of dynamic shared memory; `reverse` runs the threads
+    of a block in the opposite order."""
+
+    grid: tuple[int, int, int] = (1, 1, 1)
+    block: int = 32
+    shared_bytes: int = 0
+    reverse: bool = False
+
+
+def launch(file: str | Path, name: str, how: Launch, args: list, defines: dict[str, int | str] | None = None) -> None:
+    """Run kernel `name` of `file` (below the folder of ops, or a path).
 
     `args` are contiguous CPU tensors (passed as pointers, changed in place), None (a null pointer), ints (32 bits),
-    floats (32 bits), or ctypes values. `reverse` runs the threads of a block in the opposite order. Raises
-    EmulationError, with a message that names the block and the thread; skips the test where g++ is missing.
+    floats (32 bits), or ctypes values. Raises EmulationError, with a message that names the block and the thread;
+    skips the test where g++ is missing.
     """
-    text = (KERNELS / file).read_text()
+    text = (OPS / file).read_text()
     entry = _compile(text, name, tuple(sorted((defines or {}).items())))
     copies = {i: _Guarded(arg) for i, arg in enumerate(args) if isinstance(arg, Tensor)}
     values = [copies[i].pointer if i in copies else _value(arg) for i, arg in enumerate(args)]
     pointers = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(v) for v in values))
     sizes = (ctypes.c_int * max(1, len(values)))(*(ctypes.sizeof(v) for v in values))
-    wrong = entry((ctypes.c_int * 3)(*grid), block, shared_bytes, reverse, pointers, sizes, len(values))
+    grid = (ctypes.c_int * 3)(*how.grid)
+    wrong = entry(grid, how.block, how.shared_bytes, how.reverse, pointers, sizes, len(values))
     if wrong:
         raise EmulationError(f"{name}: {wrong.decode()}")
     for i, copy in copies.items():

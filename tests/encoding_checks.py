@@ -1,12 +1,17 @@
 """Tokens to encode, how a kernel's codes may differ from the definition's, and how often a model encodes."""
 
+import gc
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orbitdit.codebook import on_grid
-from orbitdit.kernels import reference
+from orbitdit.codebooks.lloyd_max import on_grid
+from orbitdit.ops.rotate_encode import reference
+from orbitdit.packing import pack
 from orbitdit.rotation import rotation
+from orbitdit.spec import Encoding
+from orbitdit.tokens import Tokens
 
 FLIPS = {2: 1e-3, 3: 1e-3, 4: 1e-3, 6: 4e-3}
 """Share of the values that may be those of a neighbouring cell, by bits."""
@@ -33,33 +38,51 @@ def tokens_of_one_input(dim: int) -> Tensor:
     return x.bfloat16()
 
 
-def before_encoding(
-    before: str, count: int, dim: int, first: int = 0, batch: int = 1, dtype: torch.dtype = torch.bfloat16, device="cpu"
+def prologue_inputs(
+    prologue: str,
+    count: int,
+    dim: int,
+    first: int = 0,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Tokens and extras for `reference.apply_before`, as parts of wider rows where a model has them so.
+    """Tokens and arguments for `reference.apply_prologue`, as parts of wider rows where a model has them so.
 
     A `batch` of 0 is for an RMSNorm without modulation.
     """
-    if before == "silu":
+    if prologue == "silu":
         merged = tokens(count, 2 * dim, dtype).to(device) / 4
         return merged[:, :dim], (merged[:, dim:],)
-    if before == "gelu":
+    if prologue == "gelu":
         x = tokens(count, dim - first + 64, dtype).to(device) / 8
         return x[:, 64:], (tokens(count, first, dtype, seed=3).to(device),) if first else ()
     x, rows = tokens(count, dim, dtype).to(device), (0.5 * random(batch, 2 * dim, seed=7)).to(device, dtype)
     scale, shift = rows[:, :dim], rows[:, dim:]
-    if before == "layer_norm":
+    if prologue == "layer_norm":
         return x, (scale, shift)
     weight = (1 + random(1, dim, seed=9) / 4).to(device, dtype)
     return x, (weight, scale) if batch else (weight,)
 
 
+def packed(rows: int, dim: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Packed codes (rows, bytes) and bf16 scales (rows,) of a weight."""
+    codes = torch.randint(1 << bits, (rows, dim), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    return pack(codes, bits), random(rows).exp().bfloat16()
+
+
+def defined(x: Tensor, bits: int, grid: str, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """The definition's values and scales of tokens `x` (tokens, dim)."""
+    return reference.rotate_encode(x, Encoding(x.shape[1], bits, grid, seed))
+
+
 def flips(encoded: tuple[Tensor, Tensor], x: Tensor, bits: int, grid: str, seed: int = 1) -> int:
     """How many values differ from the definition's, after checks that these are neighbours across a near boundary."""
-    (values, scales), (expected, expected_scales) = encoded, reference.rotate_encode(x, bits, seed, grid)
+    (values, scales), dim = encoded, x.shape[1]
+    expected, expected_scales = defined(x, bits, grid, seed)
     # sums of tensor cores are cut off, not rounded
     torch.testing.assert_close(scales, expected_scales, rtol=4e-6 if x.is_cuda else 1e-6, atol=0)
-    dim, codebook = x.shape[1], on_grid(x.shape[1], bits, grid, True)
+    codebook = on_grid(dim, bits, grid, True)
     levels = codebook.values.float().unique().to(x.device)
     code, expected_code = (torch.bucketize(v.float(), levels) for v in (values, expected))
     assert torch.equal(levels[code], values.float())
@@ -87,7 +110,7 @@ class _Count(TorchDispatchMode):
     number = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += function is torch.ops.orbitdit.project.default
+        self.number += function is torch.ops.orbitdit.linear.default
         return function(*args, **(kwargs or {}))
 
 
@@ -96,3 +119,8 @@ def counted(function):
     with _Count() as count:
         result = function()
     return result, count.number
+
+
+def tokens_alive() -> list[Tokens]:
+    """The `Tokens` that something still holds."""
+    return [found for found in gc.get_objects() if type(found) is Tokens]

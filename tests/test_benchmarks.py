@@ -13,6 +13,10 @@ import pytest
 import torch
 
 import orbitdit
+from orbitdit import linear as orbit_linear
+from orbitdit.ops.linear import cpu as linear_cpu
+from orbitdit.ops.rotate_encode import reference
+from specs import orbit
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,7 +49,7 @@ SHARED = {
 
 
 def our_plain_layers(linears):
-    made = [orbitdit.OrbitLinear.from_linear(linear, 4, 4) for linear in linears]
+    made = [orbit(linear) for linear in linears]
     return lambda x: [layer(x) for layer in made]
 
 
@@ -130,6 +134,56 @@ def test_layers_that_share_an_input_are_one_case(run):
     assert (line["case"], line["flops"]) == ("layer 300, 128 to 3x48", 3 * 2 * 300 * 128 * 48)
 
 
+def test_layers_that_share_an_input_are_one_product(monkeypatch):
+    keys = []
+
+    def counted(x, prologue_args, operands, key):
+        keys.append(key)
+        return run_linear(x, prologue_args, operands, key)
+
+    run_linear = orbit_linear.run_linear
+    monkeypatch.setattr(orbit_linear, "run_linear", counted)
+    work = layers.Workload(layers.Layer(30, 128, 48, count=3), "cpu")
+    for provider in (layers.PROVIDERS["W4A4"], layers.PROVIDERS["W4A4 cached"]):
+        forward = provider.make(work.linears)
+        for x in work.inputs:  # each value of tokens is encoded once, and nothing is left from the one before
+            outputs = torch.cat(forward(x), dim=-1)
+            reference = torch.cat([linear(x) for linear in work.linears], dim=-1)
+            assert measure.relative_error(outputs, reference) < 0.2
+    assert [key.count("128x48") for key in keys] == [3, 3, 3, 3]
+
+
+@torch.no_grad()
+def test_centred_tokens_are_cases_of_their_own(run, monkeypatch):
+    layer = layers.Layer(300, 128, 48, count=2, kind="centred tokens")
+    lines = {line["provider"]: line for line in run("layers", [layers.case_of(layer, "cpu")])}
+    assert list(lines) == ["bf16", "W2A4 centred", "W2A4 uncentred"]
+    assert {(line["case"], line["status"]) for line in lines.values()} == {("centred tokens 300, 128 to 2x48", "ok")}
+    centred, uncentred = lines["W2A4 centred"], lines["W2A4 uncentred"]
+    assert centred["error"] < uncentred["error"] < centred["bound"]
+    assert centred["bytes"] == uncentred["bytes"] == 2 * 300 * (128 + 2 * 48) + 2 * 128 * 48 // 4
+
+    shapes, run_linear = [], orbit_linear.run_linear
+
+    def seen(x, prologue_args, operands, key):
+        shapes.append((x.shape, key.count("a4g16"), key.count("trellis2.12.unbiased")))
+        return run_linear(x, prologue_args, operands, key)
+
+    monkeypatch.setattr(orbit_linear, "run_linear", seen)
+    work = layers.Workload(layer, "cpu")
+    for name in ("W2A4 centred", "W2A4 uncentred"):
+        work.candidate(layers.CENTRED_PROVIDERS[name]).run(0)
+    assert shapes == [((1, 300, 128), 2, 2), ((1, 300, 128), 0, 2)]
+
+
+@torch.no_grad()
+def test_the_gate_is_red_without_the_means_of_centred_tokens(monkeypatch):
+    work = layers.Workload(layers.Layer(300, 128, 48, kind="centred tokens"), "cpu")
+    monkeypatch.setattr(linear_cpu, "add_means", lambda y, *_: y)
+    candidate = work.candidate(layers.CENTRED_PROVIDERS["W2A4 centred"])
+    assert candidate.error() > 1.2 * candidate.bound
+
+
 def test_deadline_and_case_limit_skip_what_is_left(run):
     assert {line["note"] for line in run("layers", [tiny()], deadline=time.monotonic())} == {"deadline"}
     assert {line["note"] for line in run("layers", [tiny()], case_s=0)} == {"time limit of the case"}
@@ -138,7 +192,7 @@ def test_deadline_and_case_limit_skip_what_is_left(run):
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_the_gates_fit_their_formats(bits):
     work = layers.Workload(layers.Layer(200, 256, 64), "cpu")
-    layer = orbitdit.OrbitLinear.from_linear(work.linears[0], bits, 4)
+    layer = orbit(work.linears[0], bits)
     error = measure.relative_error(layer(work.inputs[0])[work.rows], work.reference)
     bound = measure.error_bound(str(bits), "4", 1.2)
     assert bound / 1.5 < error < bound
@@ -152,12 +206,35 @@ def test_inputs_alternate_and_providers_take_turns():
     assert {name: len(values) for name, values in times.items()} == {"a": measure.ROUNDS, "b": measure.ROUNDS}
 
 
-@pytest.mark.parametrize("made", [kernels.Encode(300, 128, "cpu"), kernels.Decode(300, 128, 3, "cpu")])
+@pytest.mark.parametrize(
+    "made",
+    [
+        kernels.Encode(300, 128, "cpu"),
+        kernels.Decode(300, 128, 3, "cpu"),
+        kernels.Decode(300, 128, 3, "cpu", log2_states=8),
+    ],
+)
 def test_kernels_are_measured_against_a_copy_of_the_same_bytes(run, made):
     lines = {line["provider"]: line for line in run("kernels", [measure.Case(made.name, kernels.PROVIDERS, made.open)])}
     assert {name: line["status"] for name, line in lines.items()} == {"copy": "ok", "e4m3": "ok", "int8": "ok"}
     size = 3 * 300 * 128 if isinstance(made, kernels.Encode) else 300 * 128 * 11 // 8
     assert {line["bytes"] for line in lines.values()} == {size}
+
+
+@pytest.mark.parametrize("prologue", [("gelu", 64), ("gelu", 0), ("layer_norm", 0), ("silu", 0), ("rms_norm", 0)])
+def test_prologues_are_measured_in_the_encoding_and_apart(run, monkeypatch, prologue):
+    def on_cpu(x, encoding, prologue="", prologue_args=()):
+        return reference.rotate_encode(reference.apply_prologue(x, prologue, prologue_args), encoding)
+
+    monkeypatch.setattr(kernels, "rotate_encode", on_cpu)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    name, first = prologue
+    made = kernels.Prologue(name, 300, 256, first, "cpu")
+    providers = ("copy", kernels.APART, kernels.TOGETHER)
+    lines = {line["provider"]: line for line in run("kernels", [measure.Case(made.name, providers, made.open)])}
+    assert {line["status"] for line in lines.values()} == {"ok"}
+    assert {line["bytes"] for line in lines.values()} == {(5 if name == "silu" else 3) * 300 * 256}
+    assert lines[kernels.APART]["error"] == lines[kernels.TOGETHER]["error"] > 0.09
 
 
 def test_the_search_for_trellis_codes_is_measured_in_weights(run, tmp_path):
@@ -184,9 +261,10 @@ def test_the_weights_of_flux_are_those_of_its_rotated_layers():
 
 def test_suites_have_the_cases_that_were_asked_for():
     names = [case.name for case in (*kernels.cases("cuda"), *layers.cases("cuda"))]
-    assert len(names) == len(set(names)) == 11 + 5 * 4 + 3 * 5 + 6 + 2 * 9 + 11 + 8
+    assert len(names) == len(set(names)) == 11 + 5 * 4 + 3 * 5 + 6 + 2 * 9 + 11 + 8 + 6
     assert next(case.name for case in layers.cases("cpu")) == "layer 1024, 3072 to 3072"
     assert "layer 4608, 3072 to 3x3072" in names
+    assert "centred tokens 4608, 3072 to 3x3072" in names
     assert families.MODELS[0].name == "FLUX.1-dev"
 
 

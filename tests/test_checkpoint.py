@@ -14,7 +14,15 @@ from torch import nn
 
 from families import FAMILIES
 from orbitdit import CheckpointError, DependencyError, ModelError, OrbitQuantConfig, TensorError, plan, quantize_
-from orbitdit.checkpoint import check_file, check_folder, find_model, new_folder, read_json, stored_dtype
+from orbitdit.checkpoint import (
+    check_file,
+    check_folder,
+    find_model,
+    new_folder,
+    packed_layers_in,
+    read_json,
+    stored_dtype,
+)
 from orbitdit.integrations.folders import load_model, load_pipeline, quantize_folder, skeleton, transformers_in
 from orbitdit.shapes import MODEL_DIR
 
@@ -177,6 +185,16 @@ def test_folders_without_weights(tmp_path):
     assert "is no folder" in refusal(CheckpointError, check_folder, tmp_path / "file")
     (tmp_path / "x.safetensors").mkdir()
     assert "x.safetensors is missing" in refusal(CheckpointError, check_file, tmp_path / "x.safetensors")
+
+
+def test_packed_layers_are_told_by_their_scales(saved, tmp_path):
+    """Over all files; INT4 has scales of groups."""
+    load_model(saved / "quantized").save_pretrained(tmp_path, max_shard_size="50KB")
+    kinds = {row.name: row.action == "int4" for row in plan(FLUX.build(), W4A4).select("quantize", "int4")}
+    for folder in (saved / "quantized", tmp_path):
+        assert packed_layers_in(check_folder(folder)) == kinds
+    assert len(check_folder(tmp_path)) > 1
+    assert packed_layers_in(check_folder(saved / "plain")) == {}
 
 
 def test_read_json(tmp_path):

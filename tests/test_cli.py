@@ -14,7 +14,7 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, every_family
-from orbitdit import ConfigError, OrbitQuantConfig, cli, plan
+from orbitdit import ConfigError, OrbitQuantConfig, cli, explain, plan
 from orbitdit.integrations.folders import load_model, skeleton
 from orbitdit.shapes import MODEL_DIR
 
@@ -110,6 +110,16 @@ def squeezed(result):
     return "".join(f"{line.strip()}\n" for line in result[1].splitlines())
 
 
+def test_plan_explains_what_would_run(run):
+    config = OrbitQuantConfig("w2a4", rules=(("*.ff.*", "w4a4"),))
+    code, out, err = run("plan", "--explain", "--device", "sm_90", "--bits", "w2a4", "--rule", "*.ff.*=w4a4")
+    assert (code, err) == (0, "")
+    assert out == f"{explain(embedded_transformer(), device='sm_90', config=config)}\n"
+    assert "FluxTransformer2DModel: bf16 inputs on cuda sm_90" in out
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    assert run("plan", "--explain")[1] == run("plan", "--explain", "--device", here)[1] != out
+
+
 def test_plan_keeps_names_whole_on_a_narrow_terminal(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = run("plan")
@@ -128,6 +138,7 @@ def test_no_arguments_show_the_help(run):
 def test_options_without_effect_are_refused(run):
     for option in (("--rule", "*=keep"), ("--rotation-seed", 3), ("--recipe", "paper")):
         assert_one_line(run("generate", "--prompt", "a circle", *option), "--bits")
+    assert_one_line(run("plan", "--device", "cpu"), "--explain")
     assert_one_line(run("plan", "--rule", "nomatch.*=w6a6"), "nomatch.*")
 
 
@@ -140,8 +151,17 @@ def test_plan_writes_json(run, tmp_path):
     expected = plan(embedded_transformer(), config)
     assert OrbitQuantConfig.from_dict(found["config"]) == config
     assert found["model"] == "FluxTransformer2DModel"
-    assert found["layers"] == [vars(row) for row in expected.layers]
-    assert {row["weight_bits"] for row in found["layers"] if row["action"] == "quantize"} == {8}
+    assert [row["name"] for row in found["layers"]] == [row.name for row in expected.layers]
+    for row, planned in zip(found["layers"], expected.layers, strict=True):
+        for name in ("in_features", "out_features", "action", "block_size", "reason", "bytes_before", "bytes_after"):
+            assert row[name] == getattr(planned, name)
+    coded = ("weight_bits", "activation_bits", "codebook", "log2_states", "scale", "group_size")
+    assert {tuple(row[name] for name in coded) for row in found["layers"] if row["action"] == "quantize"} == {
+        (8, 8, "scalar", None, "unbiased", None)
+    }
+    assert {tuple(row[name] for name in coded) for row in found["layers"] if row["action"] == "keep"} == {
+        (16, 16, None, None, None, None)
+    }
     assert found["totals"] == {
         "quantized": 11,
         "int4": 0,
@@ -150,6 +170,31 @@ def test_plan_writes_json(run, tmp_path):
         "bytes_before": expected.bytes_before,
         "bytes_after": expected.bytes_after,
     }
+
+
+def test_a_layer_of_a_plan_in_json(run, tmp_path):
+    assert run("plan", "--bits", "w2a4", "--out", tmp_path / "plan.json")[::2] == (0, "")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "plan.json").read_text())["plans"][0]["layers"]}
+    assert rows["transformer_blocks.0.attn.to_q"] == {
+        "name": "transformer_blocks.0.attn.to_q",
+        "in_features": 256,
+        "out_features": 256,
+        "action": "quantize",
+        "weight_bits": 2,
+        "activation_bits": 4,
+        "codebook": "trellis",
+        "log2_states": 12,
+        "scale": "unbiased",
+        "group_size": 16,
+        "block_size": 256,
+        "reason": "block",
+        "bytes_before": 2 * (256 * 256 + 256),
+        "bytes_after": 256 * 256 // 4 + 256 * 4,
+    }
+    modulation = rows["transformer_blocks.0.norm1.linear"]
+    assert [modulation[name] for name in ("action", "weight_bits", "activation_bits", "codebook", "scale")] == [
+        *("int4", 4, 16, "int4", None)
+    ]
 
 
 @every_family
@@ -169,6 +214,7 @@ def test_plan_of_a_pipeline_has_a_table_for_each_transformer(run, tmp_path, mode
     for name in index:
         shutil.copytree(models / "flux", tmp_path / "pipe" / name)
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps({"_class_name": "Any", **index}))
+    assert run("plan", tmp_path / "pipe", "--explain")[1].count("FluxTransformer2DModel: bf16 inputs on ") == 2
     code, out, _ = run("plan", tmp_path / "pipe")
     assert (code, out.count("34 layers quantized, 6 INT4, 8 kept.")) == (0, 2)
 
@@ -286,6 +332,7 @@ BAD = {
     "negative noise seed": (["generate", "--prompt", "a circle", "--seed", "-1"], "--seed"),
     "steps": (["generate", "--prompt", "a circle", "--steps", "0"], "--steps"),
     "per category": (["compare", "--per-category", "0"], "--per-category"),
+    "device to explain": (["plan", "--explain", "--device", "tpu9"], "sm_90"),
     "device": (["generate", "--prompt", "a circle", "--device", "tpu"], "tpu"),
     "no prompt": (["generate"], "--prompt"),
     "no prompt for another model": (["compare", "{models}/flux"], "prompt"),
@@ -322,8 +369,8 @@ def test_bad_use_is_one_line_and_writes_nothing(run, models, tmp_path, case):
 
 def test_cuda_without_cuda(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for command in ("generate", "compare"):
-        assert_one_line(run(command, "--prompt", "a circle", "--device", "cuda"), "no CUDA device")
+    for command in (["generate", "--prompt", "a circle"], ["compare", "--prompt", "a circle"], ["plan", "--explain"]):
+        assert_one_line(run(*command, "--device", "cuda"), "no CUDA device")
     assert os.listdir() == []
 
 

@@ -8,7 +8,7 @@ import torch
 
 import oracle
 from orbitdit import ConfigError, lloyd_max
-from orbitdit.codebook import kept, on_grid
+from orbitdit.codebooks.lloyd_max import on_grid, shrinkage
 from parameters import GRID_BITS
 
 DIMS = (64, 256, 1536, 1920, 3072, 3840, 12288, 15360)
@@ -77,8 +77,8 @@ def test_no_nearby_codebook_is_better(bits):
 @pytest.mark.parametrize("dim", [2, 3, 64, 3072])
 def test_what_codes_keep_is_what_the_error_leaves(dim, bits):
     error = oracle.mean_squared_error(dim, *numpy_codebook(dim, bits))
-    assert kept(dim, bits) == pytest.approx(1 - error, abs=1e-9)
-    assert kept(1, bits) == 1
+    assert shrinkage(dim, bits) == pytest.approx(1 - error, abs=1e-9)
+    assert shrinkage(1, bits) == 1
 
 
 def test_two_bit_centroids_at_unit_variance():

@@ -2,13 +2,19 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
 from orbitdit import ConfigError, OrbitDiTError, OrbitQuantConfig
-from orbitdit.config import ACTIVATION_BITS, FORMAT_VERSION, WEIGHT_BITS, QuantMethod, parse_bits
+from orbitdit.config import ACTIVATION_BITS, FORMAT_VERSION, MIGRATIONS, WEIGHT_BITS, QuantMethod, parse_bits
+from orbitdit.policy import Layer, build_plan
+
+WIDTHS = list(itertools.product(WEIGHT_BITS, ACTIVATION_BITS))
+GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
 
 FULL = OrbitQuantConfig(
     "w2a16",
@@ -21,27 +27,29 @@ FULL = OrbitQuantConfig(
 )
 FULL_DICT = {
     "quant_method": "orbitdit",
-    "format_version": 4,
+    "format_version": 5,
     "weight_bits": 2,
     "activation_bits": 16,
     "modulation_bits": 16,
     "scale": "norm",
     "trellis_bits": [2, 4],
     "trellis_states": 10,
-    "centred_bits": [3, 4],
+    "centred_bits": [3, "w2a4"],
+    "scalar_codebook": "scalar",
     "seed": 18446744073709551615,
     "rules": [["*.ff.*", "w6a8"], ["proj_out", "int4"], ["a[!b]?", "keep"]],
 }
 DEFAULT_DICT = {
     "quant_method": "orbitdit",
-    "format_version": 4,
+    "format_version": 5,
     "weight_bits": 4,
     "activation_bits": 4,
     "modulation_bits": 4,
     "scale": "unbiased",
     "trellis_bits": [2, 3],
     "trellis_states": 12,
-    "centred_bits": [3],
+    "centred_bits": [3, "w2a4"],
+    "scalar_codebook": "scalar",
     "seed": 0,
     "rules": [],
 }
@@ -123,7 +131,7 @@ def test_the_method_has_the_name_that_diffusers_looks_up():
     assert OrbitQuantConfig().quant_method is QuantMethod.ORBITDIT
     assert QuantMethod.ORBITDIT.value == "orbitdit"
     assert QuantMethod.ORBITDIT == "orbitdit"
-    assert FORMAT_VERSION == 4
+    assert FORMAT_VERSION == 5
 
 
 def test_frozen():
@@ -251,7 +259,7 @@ def test_a_format_version_that_is_none_is_damage(version):
     assert "damaged" in message
 
 
-@pytest.mark.parametrize("version", [5, 99])
+@pytest.mark.parametrize("version", [6, 99])
 def test_a_newer_format_asks_for_an_upgrade(version):
     """Before anything else: keys of a newer format are unknown to this one."""
     message = refusal(OrbitQuantConfig.from_dict, {"format_version": version, "brand_new_key": 1, "weight_bits": 1})
@@ -270,8 +278,8 @@ def test_unknown_keys_are_named(key):
     message = refusal(OrbitQuantConfig.from_dict, {**DEFAULT_DICT, key: 4})
     assert f"unknown configuration key {key!r}" in message
     assert (
-        "weight_bits, activation_bits, modulation_bits, scale, trellis_bits, trellis_states, centred_bits, seed"
-        in message
+        "weight_bits, activation_bits, modulation_bits, scale, trellis_bits, trellis_states, centred_bits, "
+        "scalar_codebook, seed" in message
     )
 
 
@@ -291,43 +299,73 @@ def test_config_errors_can_be_caught_as_value_errors_and_as_orbitdits():
             OrbitQuantConfig("w5a4")
 
 
+def states(config):
+    """By the bits of a layer's weights."""
+    return [config.layer((64, 16), (bits, 4)).weight.log2_states for bits in WEIGHT_BITS]
+
+
+def centred(config):
+    """The widths of layers whose tokens are centred."""
+    groups = {bits: config.layer((64, 16), bits).tokens for bits in WIDTHS if bits[1] != 16}
+    assert {tokens.group_size for tokens in groups.values()} <= {None, 16}
+    return {f"w{w}a{a}" for (w, a), tokens in groups.items() if tokens.group_size}
+
+
 @pytest.mark.parametrize("bits", ["w2a4", "w3a3", "w4a4", "w6a6", "w8a8"])
 def test_recipes(bits):
     best, paper = OrbitQuantConfig(bits, recipe="best"), OrbitQuantConfig(bits, recipe="paper")
     assert best == OrbitQuantConfig(bits) != paper
     assert (best.scale, paper.scale) == ("unbiased", "norm")
-    assert [best.states(n) for n in WEIGHT_BITS] == [12, 12, 0, 0, 0]
-    assert [paper.states(n) for n in WEIGHT_BITS] == [0] * 5
+    assert states(best) == [12, 12, None, None, None]
+    assert states(paper) == states(dataclasses.replace(paper, weight_bits=2)) == [None] * 5
     assert paper == OrbitQuantConfig.from_dict(paper.to_dict())
-    assert dataclasses.replace(paper, weight_bits=2).states(2) == 0
 
 
 def test_what_is_given_overrides_the_recipe():
     paper = OrbitQuantConfig("w2a4", recipe="paper", codebook="trellis")
     assert OrbitQuantConfig("w2a4", scale="norm", centred_bits=()) == paper
-    centred = OrbitQuantConfig("w2a4", "paper", scale="unbiased", centred_bits=[4, 3, 4])
+    centred = OrbitQuantConfig("w2a4", "paper", scale="unbiased", centred_bits=["W2A4", 3, "w2a4"])
     assert OrbitQuantConfig("w2a4", codebook="scalar") == centred
     small = OrbitQuantConfig("w2a4", trellis_states=8)
-    assert [small.states(n) for n in WEIGHT_BITS] == [8, 8, 0, 0, 0]
+    assert states(small) == [8, 8, None, None, None]
     four = OrbitQuantConfig("w4a4", codebook="trellis")
-    assert [four.states(n) for n in WEIGHT_BITS] == [12, 12, 12, 0, 0]
+    assert states(four) == [12, 12, 12, None, None]
     assert four == OrbitQuantConfig("w4a4", trellis_bits=(4, 3, 2, 3)) == OrbitQuantConfig.from_dict(four.to_dict())
+
+
+def test_a_layer_of_this_configuration():
+    """All of what it says about one layer; 16 activation bits are no code, and have no means."""
+    config = OrbitQuantConfig("w2a4", seed=5)
+    layer = config.layer((3072, 12288))
+    assert layer == config.layer((3072, 12288), (2, 4))
+    assert layer.key == "3072x12288 trellis2.12.unbiased a4g16 s5"
+    assert config.layer((64, 16), (4, 16)).key == "64x16 scalar4.unbiased a16 s5"
+    assert OrbitQuantConfig("w2a3", "paper").layer((64, 16)).key == "64x16 scalar2.norm a3 s0"
+
+
+@pytest.mark.parametrize("recipe", ["best", "paper"])
+def test_the_recipe_goes_by_each_layers_own_bits(recipe):
+    """Whichever configuration a layer is in: a rule "w2a4" gives what a configuration "w2a4" does."""
+    configs = [OrbitQuantConfig(f"w{w}a{a}", recipe) for w, a in WIDTHS]
+    for config in configs:
+        for bits, own in zip(WIDTHS, configs, strict=True):
+            assert config.layer((96, 32), bits) == own.layer((96, 32))
+
+
+def test_tokens_are_centred_where_it_pays():
+    assert centred(OrbitQuantConfig("w4a4")) == {"w2a4", *(f"w{bits}a3" for bits in WEIGHT_BITS)}
+    assert centred(OrbitQuantConfig("w4a4", "paper")) == set()
+    assert centred(OrbitQuantConfig("w4a4", centred_bits=["w4a4"])) == {"w4a4"}
+    assert centred(OrbitQuantConfig("w4a4", centred_bits=[4])) == {f"w{bits}a4" for bits in WEIGHT_BITS}
+    assert OrbitQuantConfig(centred_bits=("W2A4", 4, 3, "w2a4", 3)).centred_bits == (3, 4, "w2a4")
 
 
 def test_models_of_version_1_are_the_papers():
     config = OrbitQuantConfig.from_dict(VERSION_1_DICT)
     rules = [("*.ff.*", "w3a8")]
     assert config == OrbitQuantConfig("w2a3", "paper", modulation_bits=16, seed=7, rules=rules)
-    assert config.to_dict()["format_version"] == 4
+    assert config.to_dict()["format_version"] == 5
     assert OrbitQuantConfig.from_dict({"format_version": 1}) == OrbitQuantConfig(recipe="paper")
-
-
-def test_tokens_are_centred_where_it_pays():
-    given = [(bits, OrbitQuantConfig(bits).centred_bits) for bits in ("w4a4", "w3a3", "w2a4", "w2a3", "w2a6")]
-    assert given == [("w4a4", (3,)), ("w3a3", (3,)), ("w2a4", (3, 4)), ("w2a3", (3, 4)), ("w2a6", (3, 4))]
-    config = OrbitQuantConfig("w2a4")
-    assert [config.mean_tokens(n) for n in ACTIVATION_BITS] == [16, 16, 0, 0, 0]
-    assert OrbitQuantConfig("w2a3", "paper").mean_tokens(3) == 0
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -347,6 +385,73 @@ def test_models_of_version_2_have_scales_that_are_unbiased_for_rows_alone():
     assert OrbitQuantConfig.from_dict(paper.to_dict() | {"format_version": 2}) == paper
 
 
+@pytest.mark.parametrize(("weight_bits", "expected"), [(2, (3, 4)), (3, (3,)), (4, (3,))])
+def test_models_of_version_4_centre_by_activation_bits_alone(weight_bits, expected):
+    """Which ones was said by the weight bits of the whole model, where it was not given."""
+    older = {"format_version": 4, "weight_bits": weight_bits}
+    assert OrbitQuantConfig.from_dict(older).centred_bits == expected
+    assert OrbitQuantConfig.from_dict({**older, "centred_bits": [4]}).centred_bits == (4,)
+
+
+def test_each_version_but_the_last_has_a_migration_to_the_next():
+    """They leave what they are given alone, and keys that they do not know of."""
+    assert sorted(MIGRATIONS) == list(range(1, FORMAT_VERSION))
+    for migrate in MIGRATIONS.values():
+        for given in ({}, {"weight_bits": 2, "seed": 3, "unknown": [1]}, DEFAULT_DICT):
+            before = copy.deepcopy(given)
+            migrated = migrate(given)
+            assert given == before
+            assert {key: migrated[key] for key in given if key != "scale"} == {
+                key: value for key, value in given.items() if key != "scale"
+            }
+
+
+def test_a_record_of_layers_travels_and_changes_nothing_else():
+    """A quantized model has it; the configuration means the same with it and without."""
+    record = {"b.0.to_q": "64x16 scalar4.unbiased a4 s0", "b.0.mod": "64x128 int4 a16"}
+    config = OrbitQuantConfig("w4a4", layers=record)
+    assert config.layers == tuple(record.items())
+    assert OrbitQuantConfig("w4a4", layers=list(record.items())).layers == config.layers
+    assert config == OrbitQuantConfig("w4a4")
+    assert (hash(config), repr(config)) == (hash(OrbitQuantConfig("w4a4")), repr(OrbitQuantConfig("w4a4")))
+    assert config.to_dict() == {**DEFAULT_DICT, "layers": record}
+    assert OrbitQuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))).layers == config.layers
+    assert dataclasses.replace(config, seed=1).layers == config.layers
+    record.clear()
+    assert len(config.layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (5, "layers=5 is no record of layers: the configuration is damaged"),
+        ("a", "layers='a' is no record of layers"),
+        (["a"], "'a' is no record of a layer: the configuration is damaged"),
+        ([("a", "64x16 scalar4.norm a4 s0", 1)], "is no record of a layer"),
+        ({"a": None}, "('a', None) is no record of a layer"),
+        ({"a": "W4A4"}, "'W4A4' describes no layer"),
+    ],
+)
+def test_damaged_records_are_refused(layers, message):
+    assert message in refusal(OrbitQuantConfig, layers=layers)
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_saved_models_have_the_plans_they_always_had(folder):
+    """What `save_pretrained` of each version wrote, and the plan that it had carried out, in the words of today."""
+    saved = json.loads((folder / "config.json").read_text())
+    expected = json.loads((folder / "plan.json").read_text())
+    assert f"version-{saved['quantization_config']['format_version']}-" in folder.name
+    shapes = {name: row.partition(" ")[0].split("x") for name, row in expected.items()}
+    layers = [Layer(name, int(dim), int(rows), bias=True) for name, (dim, rows) in shapes.items()]
+    config = OrbitQuantConfig.from_dict(saved["quantization_config"])
+    plan = build_plan(saved["_class_name"], layers, config)
+    found = {r.name: r.spec.key if r.spec else f"{r.in_features}x{r.out_features} kept" for r in plan.layers}
+    assert found == expected
+    again = OrbitQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert build_plan(saved["_class_name"], layers, again) == plan
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -357,12 +462,18 @@ def test_models_of_version_2_have_scales_that_are_unbiased_for_rows_alone():
         ({"weight_bits": 6, "codebook": "trellis"}, "codebook='trellis' takes weights of 2, 3, 4 bits, not 6"),
         ({"weight_bits": 8, "codebook": "trellis"}, "codebook='trellis' takes weights of 2, 3, 4 bits, not 8"),
         ({"codebook": "trellis", "trellis_bits": (2,)}, "either codebook"),
+        ({"scalar_codebook": "trellis"}, "scalar_codebook='trellis' is not supported; choose one of scalar"),
         ({"trellis_states": 11}, "trellis_states=11 is not supported; choose one of 8, 10, 12"),
         ({"trellis_states": 12.0}, "trellis_states=12.0 is not supported; choose one of 8, 10, 12"),
         ({"trellis_states": 0}, "trellis_states=0 is not supported; choose one of 8, 10, 12"),
         ({"trellis_bits": (2, 6)}, "trellis_bits=6 is not supported; choose one of 2, 3, 4"),
         ({"centred_bits": (6,)}, "centred_bits=6 is not supported; choose one of 3, 4"),
+        ({"centred_bits": ("w2a6",)}, "centred_bits=6 is not supported; choose one of 3, 4"),
+        ({"centred_bits": ("w5a4",)}, "weight_bits=5 is not supported; choose one of 2, 3, 4, 6, 8"),
+        ({"centred_bits": ("4",)}, "bits '4' are not understood"),
+        ({"centred_bits": (True,)}, "centred_bits=True is not supported; choose one of 3, 4"),
         ({"centred_bits": 4}, "centred_bits=4 is not a list of bits"),
+        ({"centred_bits": "w2a4"}, "centred_bits='w2a4' is not a list of bits"),
         ({"trellis_bits": 2}, "trellis_bits=2 is not a list of bits"),
         ({"trellis_bits": "23"}, "trellis_bits='23' is not a list of bits"),
     ],

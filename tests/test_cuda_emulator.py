@@ -5,17 +5,17 @@ import ctypes
 import pytest
 import torch
 
-from cuda_emulator import EmulationError, launch
+from cuda_emulator import EmulationError, Launch, launch
 
 
 @pytest.fixture
 def run(tmp_path):
     """Runs the kernel `k` whose parameters and body are given."""
 
-    def run(parameters, body, args, grid=(1, 1, 1), block=32, shared_bytes=0, defines=None, reverse=False):
+    def run(parameters, body, args, defines=None, **how):
         file = tmp_path / "kernel.cu"
         file.write_text(f"KERNEL void k({parameters}) {{\n{body}\n}}\n")
-        launch(file, "k", grid, block, shared_bytes, args, defines, reverse)
+        launch(file, "k", Launch(**how), args, defines)
 
     return run
 
@@ -72,9 +72,8 @@ def test_conversions_to_16_bits_round_as_torch_does(run, dtype):
 def test_conversions_from_16_bits_are_exact(run, expression, dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     out = torch.empty(2**16)
-    run(
-        "const u16* x, float* y", f"int i = blockIdx.x * 32 + threadIdx.x; y[i] = {expression};", [x, out], (2048, 1, 1)
-    )
+    body = f"int i = blockIdx.x * 32 + threadIdx.x; y[i] = {expression};"
+    run("const u16* x, float* y", body, [x, out], grid=(2048, 1, 1))
     torch.testing.assert_close(out, x.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -160,7 +159,7 @@ def test_byte_permutations(run):
     selectors = random_integers(0, 2**16, (1000,), torch.int32)
     out = torch.empty(1000, dtype=torch.int32)
     body = "int i = blockIdx.x; y[i] = __byte_perm(0x04838281u, 0x7786f506u, s[i]);"
-    run("const u32* s, u32* y", body, [selectors, out], (1000, 1, 1), 1)
+    run("const u32* s, u32* y", body, [selectors, out], grid=(1000, 1, 1), block=1)
     source = bytes.fromhex("81828304 06f58677")
     for selector, word in zip(selectors.tolist(), out.tolist(), strict=True):
         expected = bytes(source[selector >> 4 * i & 7] for i in range(4))

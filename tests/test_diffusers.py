@@ -2,6 +2,8 @@
 
 import copy
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -14,7 +16,17 @@ from safetensors.torch import load_file, save_file
 
 import orbitdit
 from families import FAMILIES
-from orbitdit import CheckpointError, ConfigError, Int4Linear, OrbitLinear, OrbitQuantConfig, TensorError
+from orbitdit import (
+    CheckpointError,
+    ConfigError,
+    Int4Linear,
+    ModelError,
+    OrbitLinear,
+    OrbitQuantConfig,
+    TensorError,
+    policy,
+)
+from orbitdit.families import blocks
 from orbitdit.integrations.diffusers import OrbitQuantizer
 from orbitdit.model import packed_layers
 from orbitdit.shapes import MODEL_DIR
@@ -71,7 +83,9 @@ def test_saving_and_loading_is_exact(family, saved, how, tmp_path):
     if how != "in place":
         model = family.cls.from_pretrained(folder / "whole", quantization_config=CONFIG)
     model.save_pretrained(tmp_path, max_shard_size="50KB" if "sharded" in how else "10GB")
-    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == CONFIG.to_dict()
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    record = {name: layer.spec.key for name, layer in packed_layers(quantized)}
+    assert settings == {**CONFIG.to_dict(), "layers": record}
     loaded = family.cls.from_pretrained(tmp_path)
     assert_same_state(loaded.state_dict(), quantized.state_dict())
     assert loaded.config.quantization_config == CONFIG
@@ -113,16 +127,50 @@ def test_rules_and_settings_travel_with_the_checkpoint(tmp_path):
     model.save_pretrained(tmp_path / "quantized")
     loaded = family.cls.from_pretrained(tmp_path / "quantized")
     assert_same_state(loaded.state_dict(), model.state_dict())
-    bits = {name: getattr(layer, "weight_bits", "int4") for name, layer in packed_layers(loaded)}
-    assert not any(name.startswith("transformer_blocks.0.") for name in bits)
-    assert bits["transformer_blocks.1.ff.net.2"] == 6
-    assert bits["transformer_blocks.1.attn.to_q"] == 3
-    states = {name: layer.states for name, layer in packed_layers(loaded) if isinstance(layer, OrbitLinear)}
-    assert (states["transformer_blocks.1.attn.to_q"], states["transformer_blocks.1.ff.net.2"]) == (12, 0)
+    keys = {name: layer.spec.key for name, layer in packed_layers(loaded)}
+    assert not any(name.startswith("transformer_blocks.0.") for name in keys)
+    assert keys["transformer_blocks.1.ff.net.2"] == "256x64 scalar6.unbiased a6 s0"
+    assert keys["transformer_blocks.1.attn.to_q"] == "64x64 trellis3.12.unbiased a3g16 s0"
     with torch.no_grad():
         assert torch.equal(family.run(loaded), family.run(model))
-    assert bits["proj_out"] == "int4"
-    assert "transformer_blocks.1.norm1.linear" not in bits
+    assert keys["proj_out"] == "64x8 int4 a16"
+    assert "transformer_blocks.1.norm1.linear" not in keys
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_quantized_models_load_as_they_were_saved_whatever_the_rules_say_today(recorded, monkeypatch, tmp_path):
+    """By the record of their layers, or without one (up to format version 4) by what is stored."""
+    family = FAMILIES["flux"]
+    model = family.build()
+    orbitdit.quantize_(model, CONFIG, progress=False)
+    model.save_pretrained(tmp_path)
+    if not recorded:
+        settings = json.loads((tmp_path / "config.json").read_text())
+        del settings["quantization_config"]["layers"]
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+    today = replace(policy.FAMILIES[family.cls.__name__], rules=blocks("transformer_blocks.0.attn.*", "proj_out"))
+    monkeypatch.setitem(policy.FAMILIES, family.cls.__name__, today)
+    assert orbitdit.plan(family.build(), CONFIG).counts == (9, 0, 39)
+    loaded = family.cls.from_pretrained(tmp_path)
+    assert {name: layer.spec for name, layer in packed_layers(loaded)} == {
+        name: layer.spec for name, layer in packed_layers(model)
+    }
+    assert_same_state(loaded.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_folders_of_older_versions_load_as_what_they_were(version, tmp_path):
+    """Their configurations are those that each version wrote (see tests/golden); the tensors are ours."""
+    golden = Path(__file__).parent / "golden" / f"version-{version}-w2a4"
+    config = json.loads((golden / "config.json").read_text())
+    expected = {name: key for name, key in json.loads((golden / "plan.json").read_text()).items() if "kept" not in key}
+    model = diffusers.FluxTransformer2DModel.from_config(config)
+    orbitdit.quantize_(model, OrbitQuantConfig.from_dict(config["quantization_config"]), progress=False)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert {name: layer.spec.key for name, layer in packed_layers(loaded)} == expected
+    assert_same_state(loaded.state_dict(), model.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +269,25 @@ def test_adapters_run_beside_the_codes_take_gradients_and_can_be_switched_off(fl
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
     model.disable_adapters()
     torch.testing.assert_close(family.run(model), before)
+
+
+def test_adapters_may_read_the_weight_but_not_write_to_it(flux):
+    """DoRA takes the norms of its rows; fusing would add to it, and says what to do instead."""
+    family, folder = flux
+    model = family.cls.from_pretrained(folder / "quantized")
+    before = family.run(model)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q"], use_dora=True), "dora")
+    to_q = model.transformer_blocks[1].attn.to_q
+    norms = to_q.base_layer.dequantize().norm(dim=1)
+    torch.testing.assert_close(to_q.lora_magnitude_vector["dora"].weight.detach(), norms)
+    torch.testing.assert_close(family.run(model), before)
+    model.delete_adapters("dora")
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False), "lora")
+    adapted = family.run(model)
+    for safely in (False, True):
+        with pytest.raises(ModelError, match="packed and cannot be written to"):
+            model.fuse_lora(safe_fusing=safely)
+    assert torch.equal(family.run(model), adapted)
 
 
 @pytest.fixture(scope="module")

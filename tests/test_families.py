@@ -56,9 +56,9 @@ def test_further_classes_are_quantized_and_share(name):
     assert number == family.encodings
     assert 0 < (output - expected).norm() <= 0.3 * expected.norm()
     layers = [layer for _, layer in packed_layers(model) if isinstance(layer, OrbitLinear)]
-    together = {layer.shared_input for layer in layers} - {None}
+    together = {layer.siblings for layer in layers} - {None}
     for layer in layers:
-        layer.shared_input = None
+        layer.siblings = None
     alone, number = counted(lambda: family.run(model))
-    assert number == family.encodings + sum(len(shared.members) - 1 for shared in together)
+    assert number == family.encodings + sum(len(siblings.layers()) - 1 for siblings in together)
     assert torch.equal(alone, output)

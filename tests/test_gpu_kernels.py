@@ -4,15 +4,37 @@ import pytest
 import torch
 from torch import nn
 
-from encoding_checks import FLIPS, NORMS, before_encoding, flips, random, relative, same, tokens, tokens_of_one_input
-from orbitdit import kernels, trellis
-from orbitdit.codebook import on_grid
-from orbitdit.kernels import decode as decode_cuda
-from orbitdit.kernels import matmul as matmul_cuda
-from orbitdit.kernels import ops, reference
-from orbitdit.kernels import rotate_encode as rotate_encode_cuda
-from orbitdit.packing import PACKED_BITS, pack, packed_width, unpack
-from orbitdit.quantize import QuantizedWeight, dequantize_int4, quantize_int4
+from encoding_checks import (
+    FLIPS,
+    NORMS,
+    defined,
+    flips,
+    packed,
+    prologue_inputs,
+    random,
+    relative,
+    same,
+    tokens,
+    tokens_of_one_input,
+)
+from orbitdit.codebooks import trellis
+from orbitdit.codebooks.lloyd_max import on_grid
+from orbitdit.ops import ops
+from orbitdit.ops.decode import cuda as decode_cuda
+from orbitdit.ops.decode import reference as decode_reference
+from orbitdit.ops.int4_linear import reference as int4_reference
+from orbitdit.ops.int4_linear.reference import dequantize_int4
+from orbitdit.ops.linear import reference as linear_reference
+from orbitdit.ops.linear.matmul import Scaled, matmul
+from orbitdit.ops.operands import Packed
+from orbitdit.ops.rotate_encode import cuda as rotate_encode_cuda
+from orbitdit.ops.rotate_encode.reference import apply_prologue
+from orbitdit.ops.viterbi.reference import viterbi
+from orbitdit.packing import PACKED_BITS, packed_width, unpack
+from orbitdit.quantize import QuantizedWeight, quantize_int4, search
+from orbitdit.spec import Encoding
+from parameters import TRELLISES
+from specs import code, key_of, spec, tokens_key
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,16 +50,16 @@ CUDA = torch.device("cuda", 0)
 
 
 def encode(x, bits, grid, seed=1):
-    return ops.rotate_encode(x, bits, seed, kernels.GRIDS[grid])
+    return ops.rotate_encode(x, tokens_key(x.shape[1], bits, grid, seed))
 
 
 def all_same(left, right):
     return all(map(same, left, right))
 
 
-def packed(rows, dim, bits):
-    codes = torch.randint(1 << bits, (rows, dim), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
-    return pack(codes, bits), random(rows).exp().bfloat16()
+def stacked(parts):
+    """The rows of all `parts`, bytes of numbers that torch does not concatenate included."""
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -93,7 +115,7 @@ def test_spoilt_tokens_and_zeros_leave_the_others_alone(dtype, dim, bits, grid):
     good = torch.tensor([0, 3, 5, 6, 8, 9], device=CUDA)
     assert all_same((spoilt[good], spoilt_scales[good]), (values[good], scales[good]))
     assert not spoilt_scales[[1, 4, 7]].isfinite().any()
-    assert all_same((spoilt[2:3], spoilt_scales[2:3]), reference.rotate_encode(x[2:3], bits, 1, grid))
+    assert all_same((spoilt[2:3], spoilt_scales[2:3]), defined(x[2:3], bits, grid))
 
 
 @pytest.mark.parametrize("dim", [64, 3072, 4096, 12288])
@@ -110,7 +132,7 @@ def test_norms_of_any_size(dim, grid):
 def test_tokens_of_one_input(dim, grid):
     x = tokens_of_one_input(dim).to(CUDA)
     for bits in (3, 4):
-        (values, scales), expected = encode(x, bits, grid), reference.rotate_encode(x, bits, 1, grid)
+        (values, scales), expected = encode(x, bits, grid), defined(x, bits, grid)
         assert same(values, expected[0])
         torch.testing.assert_close(scales, expected[1], rtol=1e-6, atol=0)
 
@@ -126,7 +148,7 @@ def test_no_tokens_and_views(grid):
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(
-    ("before", "dim", "first", "batch"),
+    ("prologue", "dim", "first", "batch"),
     [
         *(("gelu", dim, 0, 1) for dim in (64, 1536, 7680, 8960, 12288, 13824)),
         ("gelu", 15360, 3072, 1),
@@ -136,16 +158,16 @@ def test_no_tokens_and_views(grid):
         ("rms_norm", 3840, 0, 0),
     ],
 )
-def test_what_comes_before_the_encoding(before, dim, first, batch, dtype, grid):
-    x, extras = before_encoding(before, 198, dim, first, batch, dtype, CUDA)
-    found = rotate_encode_cuda.rotate_encode(x, 4, 1, grid, before=before, extras=extras)
-    expected = reference.rotate_encode(reference.apply_before(x, before, extras), 4, 1, grid)
+def test_what_comes_before_the_encoding(prologue, dim, first, batch, dtype, grid):
+    x, args = prologue_inputs(prologue, 198, dim, first, batch, dtype, CUDA)
+    found = rotate_encode_cuda.rotate_encode(x, Encoding(dim, 4, grid, 1), prologue, args)
+    expected = defined(apply_prologue(x, prologue, args), 4, grid)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=0)
     levels = on_grid(dim, 4, grid, True).values.float().to(CUDA)
     code, expected_code = (torch.bucketize(values.float(), levels) for values in (found[0], expected[0]))
     assert (code - expected_code).abs().max() <= 1
     assert (code != expected_code).sum() <= 3 + 3e-3 * code.numel()
-    assert all_same(found, rotate_encode_cuda.rotate_encode(x, 4, 1, grid, before=before, extras=extras))
+    assert all_same(found, rotate_encode_cuda.rotate_encode(x, Encoding(dim, 4, grid, 1), prologue, args))
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)
@@ -155,10 +177,10 @@ def test_weights_that_are_decoded_together_are_those_decoded_alone(heights, bias
     dim = 3072
     codes, scales = zip(*([t.to(CUDA) for t in packed(rows, dim, bits)] for rows in heights), strict=True)
     biases = [None if bias is None else random(rows, seed=rows).to(CUDA, bias) for rows in heights]
-    values, row_scales, together = decode_cuda.decode_all(codes, scales, biases, bits, dim, grid)
-    alone = [reference.decode(c, s, bits, dim, grid) for c, s in zip(codes, scales, strict=True)]
-    for found, parts in zip((values, row_scales), zip(*alone, strict=True), strict=True):
-        assert same(found, torch.cat([part.view(torch.uint8) for part in parts]).view(found.dtype))
+    layer = spec(dim, 16, bits)  # rows are those of the tensors
+    values, row_scales, together = decode_cuda.decode_all(Packed(codes, scales, biases), layer, grid)
+    alone = [decode_reference.decode(c, s, layer, grid) for c, s in zip(codes, scales, strict=True)]
+    assert all_same((values, row_scales), map(stacked, zip(*alone, strict=True)))
     assert together is None if bias is None else same(together, torch.cat(biases))
 
 
@@ -167,11 +189,9 @@ def test_weights_that_are_decoded_together_are_those_decoded_alone(heights, bias
 def test_decode_is_exact(rows, dim, bits, grid):
     codes = torch.randint(256, (rows, packed_width(dim, bits)), device=CUDA, dtype=torch.uint8)
     scales = torch.rand(rows, device=CUDA).bfloat16()
-    found = ops.decode(codes, scales, bits, dim, kernels.GRIDS[grid])
-    assert all_same(found, reference.decode(codes, scales, bits, dim, grid))
-
-
-TRELLISES = [(bits, states) for bits in (2, 3, 4) for states in (8, 10, 12)]
+    layer = spec(dim, 16, bits)
+    found = ops.decode(codes, scales, key_of(layer, grid=grid))
+    assert all_same(found, decode_reference.decode(codes, scales, layer, grid))
 
 
 @pytest.mark.parametrize(("bits", "states"), TRELLISES)
@@ -179,13 +199,14 @@ TRELLISES = [(bits, states) for bits in (2, 3, 4) for states in (8, 10, 12)]
 def test_decode_of_trellis_codes_is_exact(rows, dim, bits, states, grid):
     codes = torch.randint(256, (rows, packed_width(dim, bits)), device=CUDA, dtype=torch.uint8)
     scales = torch.rand(rows, device=CUDA).bfloat16()
-    values, row_scales = decode_cuda.decode(codes, scales, bits, dim, grid, states)
-    assert all_same((values, row_scales), decode_cuda.decode(codes, scales, bits, dim, grid, states))
-    table, scale = trellis.on_grid(bits, states)
+    layer = spec(dim, 16, bits, states=states)
+    values, row_scales = decode_cuda.decode(codes, scales, layer, grid)
+    assert all_same((values, row_scales), decode_cuda.decode(codes, scales, layer, grid))
+    table = trellis.table(bits, states) / trellis.UNIT
     part = slice(0, rows, max(1, rows // 100))  # rows stand alone, and windows of all take memory
     expected = table.to(CUDA)[trellis.windows(unpack(codes[part], bits, dim), bits, states).long()]
     assert same(values[part], expected.float().to(values.dtype))
-    torch.testing.assert_close(row_scales, scales.float() * (scale / dim**0.5), rtol=1e-6, atol=0)
+    torch.testing.assert_close(row_scales, scales.float() * (trellis.UNIT / dim**0.5), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("bits", "states"), [(2, 12), (3, 12), (4, 8)])
@@ -194,10 +215,10 @@ def test_trellis_codes_of_several_weights_are_decoded_as_each_alone(bits, states
     codes = [torch.randint(256, (n, packed_width(dim, bits)), device=CUDA, dtype=torch.uint8) for n in rows]
     scales = [torch.rand(n, device=CUDA).bfloat16() for n in rows]
     biases = [random(n, seed=n).to(CUDA, BF16) for n in rows]
-    values, row_scales, bias = decode_cuda.decode_all(codes, scales, biases, bits, dim, grid, states)
-    alone = [decode_cuda.decode(c, s, bits, dim, grid, states) for c, s in zip(codes, scales, strict=True)]
-    assert same(values, torch.cat([each.view(torch.uint8) for each, _ in alone]).view(values.dtype))
-    assert same(row_scales, torch.cat([each for _, each in alone]))
+    layer = spec(dim, 16, bits, states=states)
+    values, row_scales, bias = decode_cuda.decode_all(Packed(codes, scales, biases), layer, grid)
+    alone = [decode_cuda.decode(c, s, layer, grid) for c, s in zip(codes, scales, strict=True)]
+    assert all_same((values, row_scales), map(stacked, zip(*alone, strict=True)))
     assert same(bias, torch.cat(biases))
 
 
@@ -206,10 +227,10 @@ def test_trellis_codes_are_those_of_the_cpu(bits, states):
     """Exactly, for few long rows and for more short ones than the device holds; twice the same."""
     for rows, dim in ((3, 3072), (5, 1920), (1, 15360), (1500, 63), (12_000 if states == 8 else 1, 17), (0, 64)):
         z = random(rows, dim, seed=dim)
-        codes = trellis.encode(z.to(CUDA), bits, states)
-        assert same(codes.cpu(), trellis.viterbi(z, trellis.table(bits, states).float(), bits))
-        assert same(codes.cpu(), trellis.encode(z, bits, states))
-        assert same(codes, trellis.encode(z.to(CUDA), bits, states))
+        codes = search(z.to(CUDA), code(bits, states), dim)
+        assert same(codes.cpu(), viterbi(z, trellis.table(bits, states).float(), bits))
+        assert same(codes.cpu(), search(z, code(bits, states), dim))
+        assert same(codes, search(z.to(CUDA), code(bits, states), dim))
 
 
 @pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float16, torch.float32])
@@ -219,17 +240,17 @@ def test_matmul(rows, dtype, bias, grid):
     """Twice what rounding to the output's dtype loses; e4m3 products come rounded to bf16, and accumulate fast."""
     bias = None if bias is None else random(rows).to(CUDA, bias)
     for dim in (64, 3072, 12288):
-        weight = ops.decode(*(t.to(CUDA) for t in packed(rows, dim, 4)), 4, dim, kernels.GRIDS[grid])
+        weight = ops.decode(*(t.to(CUDA) for t in packed(rows, dim, 4)), key_of(spec(dim, rows), grid=grid))
         for count in (0, 1, 16, 17, 31, 33, 63, 137, 199):
-            values, scales = encode(tokens(count, dim, dtype).to(CUDA), 4, grid)
-            y = matmul_cuda.matmul(values, scales, *weight, bias, dtype)
+            encoded = encode(tokens(count, dim, dtype).to(CUDA), 4, grid)
+            y = matmul(Scaled(*encoded), Scaled(*weight), bias, dtype)
             assert (y.shape, y.dtype) == ((count, rows), dtype)
             if not count:
                 continue
-            exact = reference.matmul(values, scales, *weight, bias, torch.float32)
+            exact = linear_reference.matmul(encoded, weight, bias, torch.float32)
             rounded = exact.to(dtype if grid == "int8" else BF16)
             assert relative(y, exact) <= 2 * relative(rounded, exact) + (0.015 if grid == "e4m3" else 0)
-            assert same(y, matmul_cuda.matmul(values, scales, *weight, bias, dtype))
+            assert same(y, matmul(Scaled(*encoded), Scaled(*weight), bias, dtype))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -244,7 +265,7 @@ def test_matmul(rows, dtype, bias, grid):
 def test_int4_rows(dim, n, bias, dtype):
     """Equal to the fp64 product up to one rounding of the output and what fp32 sums lose."""
     quantized = QuantizedWeight(*(t.to(CUDA) for t in quantize_int4(random(n, dim))))
-    weight = dequantize_int4(quantized, dim).double()
+    weight = dequantize_int4(*quantized, dim).double()
     bias = random(n, seed=2).to(CUDA, dtype) if bias else None
     for rows in (0, 1, 2, 3, 4, 5, 6, 7, 8):
         x = random(rows, dim, seed=1).to(CUDA, dtype)
@@ -256,6 +277,6 @@ def test_int4_rows(dim, n, bias, dtype):
         assert ((y.double() - expected).abs() <= bound).all()
         assert same(y, ops.int4_linear(x, *quantized, bias))
     x = random(9, dim, seed=1).to(CUDA, dtype)
-    torch.testing.assert_close(ops.int4_linear(x, *quantized, bias), reference.int4_linear(x, *quantized, bias))
+    torch.testing.assert_close(ops.int4_linear(x, *quantized, bias), int4_reference.int4_linear(x, *quantized, bias))
     x = x[:8].view(2, 4, dim)
     assert same(ops.int4_linear(x, *quantized, bias).view(8, n), ops.int4_linear(x.view(8, dim), *quantized, bias))

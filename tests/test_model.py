@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from orbitdit import (
     quantize_,
 )
 from orbitdit.config import QuantMethod
-from orbitdit.quantize import quantize_weight, token_gain
+from orbitdit.model import packed_layers, replace_module
+from orbitdit.quantize import quantize_weight
 from parameters import NOT_FINITE
+from specs import spec
 
 W4A4 = OrbitQuantConfig("w4a4")
 KINDS = {"quantize": OrbitLinear, "int4": Int4Linear, "keep": nn.Linear}
@@ -68,8 +71,10 @@ def test_the_plan_is_carried_out(family):
         assert module.bias is before.bias if module.bias is None else torch.equal(module.bias, before.bias)
         if row.action == "keep":
             assert module is before
+        else:
+            assert module.spec == row.spec
         if row.action == "quantize":
-            assert (module.weight_bits, module.activation_bits, module.seed) == (4, 4, 0)
+            assert module.spec.key == f"{row.in_features}x{row.out_features} scalar4.unbiased a4 s0"
             assert module.codes.shape == (row.out_features, -(-row.in_features // 2))
 
 
@@ -114,9 +119,8 @@ def test_rules_and_widths_reach_the_layers():
     rules = (("*.to_q", "w6a8"), ("proj_out", "int4"), ("*.norm1.linear", "keep"), ("*.to_add_out", "keep"))
     model = quantized(FAMILIES["flux"], OrbitQuantConfig("w2a3", modulation_bits=16, seed=3, rules=rules))
     block = model.transformer_blocks[1]
-    assert (block.attn.to_q.weight_bits, block.attn.to_q.activation_bits, block.attn.to_q.seed) == (6, 8, 3)
-    assert (block.attn.to_k.weight_bits, block.attn.to_k.activation_bits, block.attn.to_k.seed) == (2, 3, 3)
-    assert (block.attn.to_q.states, block.attn.to_k.states) == (0, 12)
+    assert block.attn.to_q.spec.key == "64x64 scalar6.unbiased a8 s3"
+    assert block.attn.to_k.spec.key == "64x64 trellis2.12.unbiased a3g16 s3"
     assert type(model.proj_out) is Int4Linear
     kept = (block.norm1.linear, block.norm1_context.linear, block.attn.to_add_out, model.x_embedder)
     assert [type(module) for module in kept] == [nn.Linear] * 4
@@ -125,16 +129,17 @@ def test_rules_and_widths_reach_the_layers():
 def test_recipes_reach_the_layers():
     """The paper's: nearest centroids and norms. The best one: trellis codes, and scales that undo what codes shrink."""
     weight = dict(FAMILIES["wan"].build().named_parameters())["blocks.0.ffn.net.2.weight"]
-    for config, options in (
-        (OrbitQuantConfig("w2a4", "paper", seed=3), {}),
-        (OrbitQuantConfig("w2a4", trellis_states=8, seed=3), {"states": 8, "scale": "unbiased"}),
-        (OrbitQuantConfig("w4a4", seed=3), {"scale": "unbiased"}),
+    for config, bits, coding in (
+        (OrbitQuantConfig("w2a4", "paper", seed=3), 2, {}),
+        (OrbitQuantConfig("w2a4", trellis_states=8, seed=3), 2, {"states": 8, "scale": "unbiased", "group_size": 16}),
+        (OrbitQuantConfig("w4a4", seed=3), 4, {"scale": "unbiased"}),
     ):
         layer = quantized(FAMILIES["wan"], config).blocks[0].ffn.net[2]
-        expected = quantize_weight(weight, config.weight_bits, 3, activation_bits=4, **options)
+        asked = spec(*reversed(weight.shape), bits, 4, 3, **coding)
+        expected = quantize_weight(weight, asked)
+        assert layer.spec == asked
         assert torch.equal(layer.codes, expected.codes)
         assert torch.equal(layer.scales, expected.scales)
-        assert (layer.states, layer.gain) == (options.get("states", 0), token_gain(weight.shape[1], 4, config.scale))
 
 
 def test_the_seed_decides_the_codes():
@@ -258,13 +263,19 @@ def test_what_is_no_model_or_no_configuration_or_has_adapters_is_refused():
         quantize_(model, W4A4)
 
 
-def test_fusing_projections_does_not_go_unnoticed():
-    """diffusers concatenates weights there: of a quantized layer it gets NaN, not a wrong number."""
+def test_fused_projections_have_the_weights_that_the_codes_stand_for():
+    """diffusers concatenates weights there, into ordinary layers; unfused, the model is what it was."""
     family = FAMILIES["flux"]
-    model = family.build()
-    quantize_(model, W4A4, progress=False)
+    model = quantized(family)
+    twin, before = copy.deepcopy(model), family.run(model)
     model.fuse_qkv_projections()
-    assert family.run(model).isnan().all()
+    projections = [name for name, _ in packed_layers(twin) if re.search(r"to_[qkv]$|add_[qkv]_proj$", name)]
+    assert len(projections) == 2 * 6 + 2 * 3
+    for name in projections:
+        replace_module(twin, name, twin.get_submodule(name).to_linear(torch.float32))
+    assert relative(family.run(model), family.run(twin)) < 1e-5
+    model.unfuse_qkv_projections()
+    assert torch.equal(family.run(model), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

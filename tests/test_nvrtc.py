@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from orbitdit import DependencyError
-from orbitdit.kernels import nvrtc
+from orbitdit.ops import nvrtc
+
+FOLDER = Path(nvrtc.__file__).parent
+FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.cu"))
 
 
 def test_a_missing_library_is_named():
@@ -36,7 +39,7 @@ def test_libraries_of_wheels_are_found_beside_torch(tmp_path, monkeypatch):
     assert asked == ["libfound.so", str(folder / "libfound.so")]
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in Path(nvrtc.__file__).parent.glob("*.cu")))
+@pytest.mark.parametrize("name", FILES)
 def test_sources_are_part_of_the_package_and_plain(name):
     text = nvrtc.source(name)
     assert text.isascii()
@@ -82,7 +85,7 @@ def driver(monkeypatch):
 
 
 def test_launching_packs_the_arguments_and_binds_the_context_where_none_is(driver):
-    kernel = nvrtc.Kernel("decode.cu", "decode", (), "PPiif", 0)
+    kernel = nvrtc.Kernel("decode/decode.cu", "decode", (), "PPiif", 0)
     kernel.launch(3, 64, 0, 1 << 40, 2, -3, 4, 0.5)
     assert driver.packed == struct.pack("PPiif", 1 << 40, 2, -3, 4, 0.5)
     driver.bound, before = False, driver.calls.count("cuLaunchKernel")
@@ -92,14 +95,14 @@ def test_launching_packs_the_arguments_and_binds_the_context_where_none_is(drive
 
 
 def test_shared_memory_is_asked_for_once(driver):
-    kernel = nvrtc.Kernel("decode.cu", "decode", (), "P", 0)
+    kernel = nvrtc.Kernel("decode/decode.cu", "decode", (), "P", 0)
     for shared in (1000, 60_000, 50_000, 60_000):
         kernel.launch(1, 64, shared, 0)
     assert driver.calls.count("cuFuncSetAttribute") == 1
 
 
 def test_a_failed_launch_is_said(driver):
-    kernel = nvrtc.Kernel("decode.cu", "decode", (), "P", 0)
+    kernel = nvrtc.Kernel("decode/decode.cu", "decode", (), "P", 0)
     driver.status = 1
     with pytest.raises(RuntimeError, match="CUDA driver error 1"):
         kernel.launch(1, 64, 0, 0)

@@ -1,6 +1,8 @@
 """Plans of the real models against the published counts, and the rules of the policy one by one."""
 
 import functools
+import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import diffusers
@@ -10,9 +12,9 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from families import every_family
-from orbitdit import OrbitQuantConfig, plan
+from orbitdit import ConfigError, OrbitQuantConfig, plan
 from orbitdit.model import quantize_
-from orbitdit.policy import Layer, build_plan
+from orbitdit.policy import Layer, as_stored, build_plan
 
 W4A4 = OrbitQuantConfig("w4a4")
 ATTENTION = "to_q to_k to_v to_out.0"
@@ -374,11 +376,11 @@ BLOCKS = layers(
 @pytest.mark.parametrize(
     ("action", "expected"),
     [
-        ("keep", ("keep", 16, 16, "kept")),
-        ("int4", ("int4", 4, 16, "INT4")),
-        ("quantize", ("quantize", 3, 8, "W3A8")),
-        ("w6a6", ("quantize", 6, 6, "W6A6")),
-        ("w2a16", ("quantize", 2, 16, "W2A16")),
+        ("keep", ("keep", "kept", None)),
+        ("int4", ("int4", "INT4", "64x{} int4 a16")),
+        ("quantize", ("quantize", "W3A8", "64x{} trellis3.12.unbiased a8 s0")),
+        ("w6a6", ("quantize", "W6A6", "64x{} scalar6.unbiased a6 s0")),
+        ("w2a16", ("quantize", "W2A16", "64x{} trellis2.12.unbiased a16 s0")),
     ],
 )
 @pytest.mark.parametrize("name", ["x_embedder", "blocks.0.norm.linear", "blocks.1.ff.0"])
@@ -387,7 +389,8 @@ def test_a_users_rule_wins_over_the_policy(name, action, expected):
     plain = {row.name: row for row in build_plan("Unknown", BLOCKS, OrbitQuantConfig("w3a8")).layers}
     for row in build_plan("Unknown", BLOCKS, config).layers:
         if row.name == name:
-            assert (row.action, row.weight_bits, row.activation_bits, row.label) == expected
+            key = row.spec and row.spec.key
+            assert (row.action, row.label, key) == (*expected[:2], expected[2] and expected[2].format(row.out_features))
             assert row.reason == f"rule {name!r}"
         else:
             assert row == plain[row.name]
@@ -404,11 +407,68 @@ def test_a_users_rule_wins_over_the_policy(name, action, expected):
 def test_each_layer_has_the_codebook_of_its_bits(bits, recipe, expected):
     rules = (("x_embedder", "quantize"), ("blocks.0.norm.*", "int4"), ("blocks.0.ff.*", "w6a6"), ("*.1.ff.*", "w2a8"))
     found = build_plan("Unknown", BLOCKS, OrbitQuantConfig(bits, recipe, rules=rules))
-    assert {row.weight_bits: row.coding for row in found.select("quantize")} == expected
-    for row in found.layers:
-        assert (row.states, row.scale) == (12 if "trellis" in row.coding else 0, row.coding.partition(", ")[2])
+    assert {row.spec.weight.bits: row.coding for row in found.select("quantize")} == expected
+    for row in found.select("quantize"):
+        code = row.spec.weight
+        assert row.coding == ("trellis 2^12, " if code.log2_states == 12 else "scalar, ") + code.scale
+    assert {row.coding for row in found.select("int4", "keep")} == {""}
     # the codebook takes no part in the size
     assert found.bytes_after == build_plan("Unknown", BLOCKS, OrbitQuantConfig(bits, "paper", rules=rules)).bytes_after
+
+
+@pytest.mark.parametrize(("bits", "other"), [("w2a4", "w4a4"), ("w4a4", "w2a4")])
+def test_a_rule_with_bits_gives_what_a_configuration_of_these_bits_gives(bits, other):
+    """Tokens of 4 bits are centred beside weights of 2 bits, wherever their bits come from."""
+    coding = {"W2A4": "trellis 2^12, unbiased, centred by 16", "W4A4": "scalar, unbiased"}
+    mixed = build_plan("Unknown", BLOCKS, OrbitQuantConfig(bits, rules=(("*.1.ff.*", other),))).layers
+    pure = build_plan("Unknown", BLOCKS, OrbitQuantConfig(other)).layers
+    assert [row.label for row in mixed if row.action == "quantize"] == [bits.upper(), other.upper()]
+    assert all(row.coding == coding[row.label] for row in mixed if row.action == "quantize")
+    assert [row.spec for row in mixed if row.label == other.upper()] == [pure[-1].spec]
+
+
+RULES = (("x_embedder", "keep"), ("*.0.ff.*", "w2a8"))
+FOUND = build_plan("Unknown", BLOCKS, OrbitQuantConfig(rules=RULES))
+STORED = {row.name: row.action == "int4" for row in FOUND.select("quantize", "int4")}
+
+
+@pytest.mark.parametrize("config", [FOUND.config, FOUND.recorded], ids=["without a record", "with a record"])
+def test_a_stored_model_is_as_it_was_planned(config):
+    assert as_stored(build_plan("Unknown", BLOCKS, config), STORED) == FOUND
+
+
+def test_a_recorded_model_is_what_the_record_says_whatever_the_rules_say_today():
+    recorded = {row.name: row.spec for row in FOUND.layers}
+    today = build_plan("Unknown", BLOCKS, replace(FOUND.recorded, rules=(("*.ff.*", "w8a8"), ("*.0.norm.*", "keep"))))
+    found = as_stored(today, STORED)
+    assert {row.name: row.spec for row in found.layers} == recorded
+    changed = {row.name for row, planned in zip(found.layers, today.layers, strict=True) if row != planned}
+    assert changed == {"blocks.0.norm.linear", "blocks.0.ff.0", "blocks.1.ff.0"}
+    assert {row.reason for row in found.layers if row.name in changed} == {"as stored"}
+    assert found.recorded.layers == FOUND.recorded.layers
+
+
+def test_without_a_record_what_is_stored_counts():
+    """Bits are those of the rules where they say the same, else those of the configuration."""
+    stored = {"x_embedder": False, "blocks.0.norm.linear": True, "blocks.0.ff.0": False, "blocks.1.norm.linear": False}
+    found = as_stored(FOUND, stored)
+    assert [row.label for row in found.layers] == ["W4A4", "INT4", "W2A8", "W4A4", "kept"]
+    assert [row.reason == "as stored" for row in found.layers] == [True, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(W4A4, layers=FOUND.recorded.layers[1:]), "has no record of the packed layer 'blocks.0.norm.linear'"),
+        (
+            replace(W4A4, layers=(*FOUND.recorded.layers[:-1], ("blocks.1.ff.0", "64x65 scalar4.unbiased a4 s0"))),
+            "records 'blocks.1.ff.0' as '64x65 scalar4.unbiased a4 s0'; its shape is (64, 64)",
+        ),
+    ],
+)
+def test_records_that_do_not_fit_are_refused(config, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        as_stored(build_plan("Unknown", BLOCKS, config), STORED)
 
 
 def test_the_first_rule_that_matches_decides():

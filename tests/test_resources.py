@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orbitdit import DependencyError
-from orbitdit.kernels import nvrtc
+from orbitdit.ops import nvrtc
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

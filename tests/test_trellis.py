@@ -10,10 +10,17 @@ import pytest
 import torch
 
 import oracle
-from orbitdit import CheckpointError, ConfigError, trellis
-from orbitdit.kernels import cpu, reference
+from orbitdit import CheckpointError, ConfigError
+from orbitdit.codebooks import indices, points_on, trellis
+from orbitdit.codebooks import window as window_of
+from orbitdit.ops.decode import cpu as decode_cpu
+from orbitdit.ops.decode.reference import decode
+from orbitdit.ops.viterbi import reference
+from orbitdit.ops.viterbi.reference import viterbi
 from orbitdit.packing import pack
+from orbitdit.quantize import check_spec, search, search_device
 from parameters import TRELLISES
+from specs import code, spec
 from training import train_trellis
 
 GOLDEN = [[2, 3, 2, 2, 1, 2], [1, 0, 3, 0, 3, 2]]
@@ -33,8 +40,8 @@ def states_of(codes, bits, states):
     found = np.zeros(codes.shape, np.int64)
     for r, row in enumerate(codes.tolist()):
         stream = [0] * states
-        for i, code in enumerate(row):
-            stream += [code >> bit & 1 for bit in range(bits)]
+        for i, new in enumerate(row):
+            stream += [new >> bit & 1 for bit in range(bits)]
             found[r, i] = sum(bit << place for place, bit in enumerate(stream[-states:]))
     return found
 
@@ -48,9 +55,10 @@ def test_tables_lie_on_points_that_every_device_multiplies_exactly(bits, states)
     table = trellis.table(bits, states)
     assert (table.shape, table.dtype) == ((1 << states,), torch.float64)
     assert trellis.table(bits, states) is table
-    values, scale = trellis.on_grid(bits, states)
-    for dtype in (torch.float8_e4m3fn, torch.int8):
-        assert torch.equal(values.float().to(dtype).double() * scale, table)
+    for grid in ("e4m3", "int8"):
+        values, step = points_on(code(bits, states), 64, grid, torch.device("cpu"))
+        assert torch.equal(values.double() / 32, table)
+        assert step == 1 / 32 / 8
     for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         assert torch.equal(table.to(dtype).double(), table)
     assert abs(table.mean()) < 0.05
@@ -63,7 +71,7 @@ def test_golden_codes_of_a_small_trellis():
     sequences = np.array(list(itertools.product(range(4), repeat=6)), np.uint8)
     values = table.astype(np.float64)[states_of(sequences, 2, 4)]
     best = np.square(z[:, None].astype(np.float64) - values).sum(-1).argmin(1)
-    codes = trellis.viterbi(torch.from_numpy(z), torch.from_numpy(table), 2)
+    codes = viterbi(torch.from_numpy(z), torch.from_numpy(table), 2)
     np.testing.assert_array_equal(codes.numpy(), sequences[best])
     assert codes[:2].tolist() == GOLDEN
 
@@ -93,7 +101,7 @@ def test_codes_are_the_definitions_ties_included(bits, states, dim):
         (numbers(3, dim), numbers(1 << states, seed=1)),
         (numbers(3, dim).round(), numbers(1 << states, seed=1).round()),
     ):
-        codes = trellis.viterbi(torch.from_numpy(z), torch.from_numpy(table), bits)
+        codes = viterbi(torch.from_numpy(z), torch.from_numpy(table), bits)
         assert codes.dtype == torch.uint8
         assert codes.tolist() == [by_definition(row, table, bits) for row in z]
 
@@ -101,19 +109,19 @@ def test_codes_are_the_definitions_ties_included(bits, states, dim):
 @pytest.mark.parametrize(("bits", "states"), [(2, 8), (3, 10), (2, 12)])
 def test_rows_do_not_depend_on_each_other(bits, states):
     """More rows than are worked on at a time, in one call and one by one, from any thread and with any strides."""
-    rows = (trellis.CHUNK_STATES >> states) + 3
+    rows, coded = (reference.CHUNK_STATES >> states) + 3, code(bits, states)
     z = torch.from_numpy(numbers(2 * rows, 22))[::2]
-    codes = trellis.encode(z, bits, states)
-    assert torch.equal(codes[-5:], torch.cat([trellis.encode(row[None], bits, states) for row in z[-5:]]))
+    codes = search(z, coded, 22)
+    assert torch.equal(codes[-5:], torch.cat([search(row[None], coded, 22) for row in z[-5:]]))
     found = []
-    thread = threading.Thread(target=lambda: found.append(trellis.encode(z.contiguous(), bits, states)))
+    thread = threading.Thread(target=lambda: found.append(search(z.contiguous(), coded, 22)))
     thread.start()
     thread.join()
     assert torch.equal(found[0], codes)
 
 
 def test_no_rows():
-    assert trellis.encode(torch.zeros(0, 40), 2, 8).shape == (0, 40)
+    assert search(torch.zeros(0, 40), code(2, 8), 40).shape == (0, 40)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 63, 137])
@@ -121,15 +129,17 @@ def test_no_rows():
 def test_windows_and_decoding_against_the_stream_bit_by_bit(bits, states, dim):
     codes = random_codes(5, dim, bits, dim)
     expected = states_of(codes, bits, states)
-    np.testing.assert_array_equal(trellis.windows(codes, bits, states).numpy(), expected)
+    layer = spec(dim, 5, bits, states=states)
+    assert window_of(layer.weight) == states
+    np.testing.assert_array_equal(indices(codes, layer.weight).numpy(), expected)
     packed, table = pack(codes, bits), trellis.table(bits, states)
     for dtype, unit in ((torch.int8, 32), (torch.bfloat16, 1), (torch.float32, 1)):
-        values = cpu.decode(packed, bits, dim, dtype, states)
+        values = decode_cpu.decode(packed, layer.weight, dim, dtype)
         assert values.dtype == dtype
         assert torch.equal(values.double(), table[expected] * unit)
     scales = torch.from_numpy(numbers(5)).exp().bfloat16()
     for grid in ("e4m3", "int8"):
-        values, row_scales = reference.decode(packed, scales, bits, dim, grid, states)
+        values, row_scales = decode(packed, scales, layer, grid)
         assert torch.equal(values.double() / 32, table[expected])
         np.testing.assert_allclose(row_scales.double() * 32, scales.double() / dim**0.5, rtol=1e-6)
 
@@ -137,14 +147,15 @@ def test_windows_and_decoding_against_the_stream_bit_by_bit(bits, states, dim):
 def test_decoding_takes_any_strides():
     codes = pack(random_codes(6, 64, 2), 2)
     wide = torch.stack([codes, codes], 2)[:, :, 0]
-    assert torch.equal(cpu.decode(wide, 2, 64, torch.int8, 12), cpu.decode(codes, 2, 64, torch.int8, 12))
+    expected = decode_cpu.decode(codes, code(2, 12), 64, torch.int8)
+    assert torch.equal(decode_cpu.decode(wide, code(2, 12), 64, torch.int8), expected)
 
 
 @pytest.mark.parametrize(("bits", "most", "scalar"), [(2, 0.0715, 0.11748), (3, 0.0187, 0.03454)])
 def test_error_on_normal_rows(bits, most, scalar):
     """Of 3,072 weights, from the fixed start: far below the best scalar codes, in reach of the bound 4^-bits."""
     z = numbers(48, 3072, seed=3)
-    codes = trellis.encode(torch.from_numpy(z), bits, 12)
+    codes = search(torch.from_numpy(z), code(bits, 12), 3072)
     mse = error(z.astype(np.float64), codes, trellis.table(bits, 12).numpy(), bits).mean() / 3072
     assert 4.0**-bits < mse < most < 0.62 * scalar
     logged = next(line["mse"] for line in LOG if (line["bits"], line["states"]) == (bits, 12))
@@ -189,8 +200,8 @@ def scalar_codebook(bits):
 
 @pytest.mark.parametrize(("bits", "states"), [(1, 12), (6, 12), (2, 6), (2, 11), (2, 0)])
 def test_trellises_that_do_not_exist(bits, states):
-    culprit = f"bits={bits}" if bits not in (2, 3, 4) else f"states={states}"
-    for function in (trellis.check, trellis.table):
+    culprit = f"bits={bits}" if bits not in (2, 3, 4) else f"log2_states={states}"
+    for function in (trellis.table, lambda *asked: check_spec(spec(64, 64, asked[0], states=asked[1]))):
         with pytest.raises(ConfigError, match=f"{culprit} is not supported; choose .*") as caught:
             function(bits, states)
         assert "\n" not in str(caught.value)
@@ -225,4 +236,4 @@ def test_weights_on_a_cpu_are_searched_on_a_gpu_if_there_is_one(device, cuda, gp
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert trellis.search_device(torch.device(device)) == torch.device(where)
+    assert search_device(torch.device(device)) == torch.device(where)

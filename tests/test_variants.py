@@ -9,9 +9,9 @@ from scipy.linalg import hadamard
 from torch import nn
 
 from baselines import Statistics, stored_bits
+from encoding_checks import defined
 from orbitdit import OrbitLinear, OrbitQuantConfig, plan, quantize_
 from orbitdit.errors import ConfigError
-from orbitdit.kernels import E4M3, reference
 from orbitdit.model import linear_named
 from orbitdit.model import quantize_layer as default_layer
 from orbitdit.rotation import rotation
@@ -33,9 +33,10 @@ class Blocks(nn.Module):
         self.requires_grad_(False)
 
 
-def layer_and_row(bits="w3a3", **options):
+def layer_and_row(bits="w3a3", seed=0, **options):
     model = Blocks(**options)
-    row = plan(model, OrbitQuantConfig(bits, scale="unbiased-rows")).select("quantize")[0]
+    config = OrbitQuantConfig(bits, scale="unbiased-rows", centred_bits=(), seed=seed)
+    row = plan(model, config).select("quantize")[0]
     return linear_named(model, row.name), row
 
 
@@ -152,18 +153,17 @@ def test_the_search_finds_the_nearest_direction():
 
 
 def test_the_base_is_trellis_codes_and_unbiased_rows():
-    linear, row = layer_and_row("w2a4")
-    ours = default_layer(linear, row, 3)
+    linear, row = layer_and_row("w2a4", seed=3)
+    ours = default_layer(linear, row)
     base = variant_layer(linear, row, VARIANTS["base"], 3)
     assert torch.equal(base.coded.codes, ours.codes)
     assert torch.equal(base.coded.scales, ours.scales)
     assert stored_bits(base) == stored_bits(ours)
     x = tokens(3, 5, 96).bfloat16()
-    values, scales = reference.rotate_encode(x.flatten(0, 1), 4, 3, "e4m3")
+    values, scales = defined(x.flatten(0, 1), 4, "e4m3", 3)
     assert torch.equal(base.encoding(x)[0][0].flatten(0, 1), values.float())
     assert torch.equal(base.encoding(x)[0][1].flatten(), scales)
-    ours.set_grid(E4M3, resident=False)
-    ours.mean_tokens = 0
+    ours.set_grid("e4m3", False)
     assert torch.equal(base(x), ours(x))
 
 
@@ -229,8 +229,8 @@ def test_bits_go_where_weights_are_large_and_average_out():
     quantize_(default, OrbitQuantConfig("w3a3", scale="unbiased-rows"), progress=False)
     quantize_variant_(model, "allotted", "w3a3")
     coded = [m for m in model.modules() if isinstance(m, OrbitLinear)]
-    assert [m.weight_bits for m in coded] == [2, 3, 3, 4, 3]
-    assert {m.states for m in coded} == {12}
+    assert [m.spec.weight.bits for m in coded] == [2, 3, 3, 4, 3]
+    assert {m.spec.weight.log2_states for m in coded} == {12}
     assert stored_bits(model) <= stored_bits(default)
 
 
@@ -282,4 +282,4 @@ def test_the_same_weight_is_quantized_once(monkeypatch):
 def test_fewer_states_on_request():
     model = Blocks()
     quantize_variant_(model, "base", "w2a4", states=8)
-    assert {m.states for m in model.modules() if isinstance(m, OrbitLinear)} == {8}
+    assert {m.spec.weight.log2_states for m in model.modules() if isinstance(m, OrbitLinear)} == {8}

@@ -5,9 +5,9 @@ move each entry to the mean of what it stood for. A table begins with the four, 
 in different quantiles (Ungerboeck's partition, at random). Rows are short, so that entries for the start of a row are
 learned too. In the last rounds the table that codes is rounded to `POINTS`, which are exact in e4m3 and int8.
 
-Writes src/orbitdit/trellis.safetensors, and to training/trellis_log.jsonl the mean squared error on other normal rows,
-of each table (`mse`) and of the unrounded one (`mse_free`). The tables are the same on every machine, as far as its
-sums round alike; about 20 minutes on two cores.
+Writes src/orbitdit/codebooks/trellis.safetensors, and to training/trellis_log.jsonl the mean squared error on other
+normal rows, of each table (`mse`) and of the unrounded one (`mse_free`). The tables are the same on every machine, as
+far as its sums round alike; about 20 minutes on two cores.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.special import ndtri
 
-from orbitdit.trellis import UNIT, viterbi, windows
+from orbitdit.codebooks.trellis import FILE, UNIT, windows
+from orbitdit.ops.viterbi.reference import viterbi
 
-ROOT = Path(__file__).parents[1]
-FILE, LOG = ROOT / "src/orbitdit/trellis.safetensors", ROOT / "training/trellis_log.jsonl"
+LOG = Path(__file__).with_name("trellis_log.jsonl")
 TABLES = [(bits, states) for states in (8, 10, 12) for bits in (2, 3, 4)]
 SEED, ROWS, DIM = 0, 4096, 256
 FREE, ROUNDED, FORGETFUL = 40, 20, 10

@@ -7,7 +7,7 @@ The method is OrbitQuant (arXiv 2607.02461). A tensor's way through the package:
 encode, pack, save and load, linear, pipeline, report.
 """
 
-from orbitdit.codebook import Codebook, lloyd_max
+from orbitdit.codebooks.lloyd_max import Codebook, lloyd_max
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import (
     CheckpointError,
@@ -18,6 +18,7 @@ from orbitdit.errors import (
     PromptError,
     TensorError,
 )
+from orbitdit.explain import explain
 from orbitdit.integrations import register_on_import
 from orbitdit.linear import Int4Linear, OrbitLinear
 from orbitdit.model import dequantize_, plan, quantize_, set_grid_
@@ -43,6 +44,7 @@ __all__ = [
     "TensorError",
     "__version__",
     "dequantize_",
+    "explain",
     "lloyd_max",
     "plan",
     "quantize_",

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from orbitdit.errors import CheckpointError
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def check_file(path: str | os.PathLike) -> None:
+def check_file(path: str | os.PathLike[str]) -> None:
     """Raise CheckpointError unless `path` is a complete safetensors file."""
     path = Path(path)
     if path.suffix in PICKLES:
@@ -40,7 +40,18 @@ def check_file(path: str | os.PathLike) -> None:
         raise CheckpointError(f"{path} is truncated or damaged ({error}): download or copy it again") from error
 
 
-def check_folder(folder: str | os.PathLike) -> list[Path]:
+def packed_layers_in(files: Iterable[str | os.PathLike[str]]) -> dict[str, bool]:
+    """The names of packed layers in safetensors files, and whether each is INT4 (has scales of groups)."""
+    found = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # no mapping
+                if name.endswith(".scales"):
+                    found[name.removesuffix(".scales")] = len(file.get_slice(name).get_shape()) == 2
+    return found
+
+
+def check_folder(folder: str | os.PathLike[str]) -> list[Path]:
     """The complete safetensors files of a model folder. Raises CheckpointError, naming the file, otherwise."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -63,7 +74,7 @@ def check_folder(folder: str | os.PathLike) -> list[Path]:
 
 
 @contextmanager
-def new_folder(target: str | os.PathLike) -> Iterator[Path]:
+def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill, beside `target`, that becomes `target` when the block ends and vanishes when it fails.
 
     Raises CheckpointError at once when `target` exists and is not an empty folder, or cannot be made.

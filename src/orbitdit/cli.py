@@ -58,27 +58,40 @@ NoiseSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the initi
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913  # a parameter for each option
     model: Model = None,
     bits: Bits = "w4a4",
     recipe: Recipe = None,
     seed: RotationSeed = 0,
     rule: Rules = None,
     out: Annotated[Path | None, typer.Option(help="Also write the plan, layer by layer, to this JSON file.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show what would run for each layer, and why not more, in bf16.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="With --explain: cpu, cuda, or an architecture such as sm_90; this machine's.")
+    ] = None,
 ) -> None:
     """Show what would happen to each linear layer; needs the model's config.json only."""
+    from orbitdit.explain import explain as explain_model
     from orbitdit.integrations.folders import skeleton, transformers_in
     from orbitdit.model import plan as plan_model
     from orbitdit.report import plan_dict, plan_table, write_json
 
+    if device is not None and not explain:
+        raise ConfigError("--device has no effect without --explain: give --explain too")
     config = _config(bits, seed, rule, recipe)
-    plans = [plan_model(skeleton(path), config) for path in transformers_in(_find(model, weights=False)).values()]
+    models = [skeleton(path) for path in transformers_in(_find(model, weights=False)).values()]
+    plans = [plan_model(found, config) for found in models]
+    explanations = [explain_model(found, device=device, config=config) for found in models] if explain else []
     if out is not None and out.exists():
         raise CheckpointError(f"--out {out} exists: choose another file")
     if out is not None:
         write_json({"plans": [plan_dict(found) for found in plans]}, out)
+    if explain:
+        print("\n\n".join(map(str, explanations)))
     console = Console()
-    for found in plans:
+    for found in [] if explain else plans:
         console.print(plan_table(found, wide=console.width >= 110))
 
 
@@ -102,7 +115,7 @@ def quantize(
 
 
 @app.command()
-def generate(
+def generate(  # noqa: PLR0913  # a parameter for each option
     model: Model = None,
     prompt: Prompts = None,
     bits: Annotated[
@@ -147,7 +160,7 @@ def generate(
 
 
 @app.command()
-def compare(
+def compare(  # noqa: PLR0913  # a parameter for each option
     model: Model = None,
     bits: Annotated[list[str] | None, typer.Option(help="A setting to compare. Repeatable; w4a4 and w2a4.")] = None,
     recipe: Recipe = None,
@@ -197,7 +210,7 @@ def compare(
 
 
 @app.command()
-def evaluate(
+def evaluate(  # noqa: PLR0913  # a parameter for each option
     model: Model = None,
     bits: Annotated[list[str] | None, typer.Option(help="A setting to measure. Repeatable; the paper's five.")] = None,
     recipe: Annotated[

@@ -6,26 +6,27 @@ value and the model's layer names and shapes (see `policy`), so a saved model st
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
 from orbitdit.errors import ConfigError
+from orbitdit.spec import LayerSpec, TokenCode, WeightCode
 
-FORMAT_VERSION = 4
-"""Version 1 had no scales and codebooks to choose from: its models are those of the paper's recipe. What was
-"unbiased" in version 2 is "unbiased-rows". Up to version 3 no tokens were centred."""
+FORMAT_VERSION = 5
+"""What each version changed: see `MIGRATIONS`."""
 WEIGHT_BITS = (2, 3, 4, 6, 8)
 ACTIVATION_BITS = (3, 4, 6, 8, 16)
 ACTIONS = ("quantize", "int4", "keep")
 SCALES = ("unbiased", "unbiased-rows", "norm")
 CODEBOOKS = ("trellis", "scalar")
+"""Names of codebooks that weights can have (see `codebooks`)."""
 TRELLIS_BITS = (2, 3, 4)
 TRELLIS_STATES = (8, 10, 12)
 """What there are trellises for: bits a weight, and log2 of the number of states."""
 CENTRED_BITS, MEAN_TOKENS = (3, 4), 16
 """The activation bits at which tokens can be centred, and how many consecutive ones share a mean (see
-`kernels.centring`)."""
+`ops.rotate_encode.means`)."""
 
 
 class Recipe(NamedTuple):
@@ -33,13 +34,13 @@ class Recipe(NamedTuple):
 
     scale: str
     trellis_bits: tuple[int, ...]
-    centred_bits: tuple[int, ...]
+    centred_bits: tuple[int | str, ...]
     trellis_states: int = 12
 
 
-RECIPES = {"best": Recipe("unbiased", (2, 3), (3,)), "paper": Recipe("norm", (), ())}
+RECIPES = {"best": Recipe("unbiased", (2, 3), (3, "w2a4")), "paper": Recipe("norm", (), ())}
 """At 4 bits a trellis halves the weights' error too, but pictures came no closer (24 prompts of the embedded model).
-Tokens of 4 bits are centred, too, beside weights of 2 bits: there it is worth its time (docs/quality.md)."""
+Tokens of 4 bits are centred beside weights of 2 bits alone: there it is worth its time (docs/quality.md)."""
 
 
 class QuantMethod(str, Enum):
@@ -63,6 +64,10 @@ def _check_bits(weight_bits: int, activation_bits: int) -> None:
     _check_choice("activation_bits", activation_bits, ACTIVATION_BITS)
 
 
+SETTLED: Any = None
+"""The default of fields that the recipe or the shorthand settles, if they are not given."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OrbitQuantConfig:
     """How to quantize: `OrbitQuantConfig("w4a4")`, or by name: `OrbitQuantConfig(weight_bits=4, activation_bits=4)`.
@@ -71,7 +76,8 @@ class OrbitQuantConfig:
         bits: shorthand for the two widths, such as "w2a4"; it excludes naming them.
         recipe: "best" (if left out) or "paper": what `scale`, `trellis_bits`, `trellis_states` and `centred_bits` are
             where they are not given.
-        codebook: "trellis" or "scalar" for weights of `weight_bits`: shorthand for `trellis_bits`, and excludes it.
+        codebook: "trellis" for weights of `weight_bits`, or one for all weights, such as "scalar": shorthand for
+            `trellis_bits` and `scalar_codebook`, and excludes the former.
         weight_bits: 2, 3, 4, 6 or 8 bits a weight code.
         activation_bits: 3, 4, 6 or 8 bits an activation code; 16 leaves the activations unquantized.
         modulation_bits: 4 stores AdaLN modulation layers as INT4 in groups of 64; 16 leaves them alone.
@@ -79,13 +85,16 @@ class OrbitQuantConfig:
             tokens', and "unbiased-rows" only the weights' (see `quantize`).
         trellis_bits: the bits (2, 3, 4) at which weights are trellis codes (see `trellis`), not scalar ones, in layers
             with bits from a rule too; the paper's recipe has none, the best one 2 and 3.
-        centred_bits: the activation bits (3, 4) at which tokens are encoded less the mean of 16, which takes time (see
-            `kernels.centring`), in layers with bits from a rule too; the paper's recipe has none, the best one 3, and 4
-            too for `weight_bits` of 2.
+        centred_bits: where tokens are encoded less the mean of 16, which takes time (see `ops.rotate_encode.means`):
+            activation bits (3, 4), or both widths such as "w2a4". It goes by the bits of each layer, those from a rule
+            too. The paper's recipe has none, the best one (3, "w2a4").
         trellis_states: L, for trellises of 2^L states: 8, 10 or 12. More states, less error, longer quantizing.
+        scalar_codebook: the codebook of weights that are no trellis codes (see `codebooks`); "scalar" is Lloyd-Max.
         seed: seed of the rotations, 0 <= seed < 2**64.
         rules: (glob, action) pairs over module names, tried before the built-in policy, first match first. An
             action is "quantize", "int4" (weight-only, as for modulation), "keep", or bits such as "w6a6".
+        layers: of a quantized model, what each layer became: pairs of names and keys of specs (see `spec`). A saved
+            model has this record, and is loaded by it; quantizing does not look at it.
 
     Raises ConfigError for anything else. `recipe` and `codebook` are settled here and not kept: a saved configuration
     says what was done, whatever the recipes of later versions are.
@@ -94,15 +103,17 @@ class OrbitQuantConfig:
     bits: dataclasses.InitVar[str | None] = None
     recipe: dataclasses.InitVar[str | None] = None
     codebook: dataclasses.InitVar[str | None] = None
-    weight_bits: int = None  # type: ignore[assignment]  # settled by __post_init__
-    activation_bits: int = None  # type: ignore[assignment]
+    weight_bits: int = SETTLED
+    activation_bits: int = SETTLED
     modulation_bits: int = 4
-    scale: str = None  # type: ignore[assignment]
-    trellis_bits: Sequence[int] = None  # type: ignore[assignment]
-    trellis_states: int = None  # type: ignore[assignment]
-    centred_bits: Sequence[int] = None  # type: ignore[assignment]
+    scale: str = SETTLED
+    trellis_bits: Sequence[int] = SETTLED
+    trellis_states: int = SETTLED
+    centred_bits: Sequence[int | str] = SETTLED
+    scalar_codebook: str = "scalar"
     seed: int = 0
     rules: Sequence[tuple[str, str]] = ()
+    layers: Sequence[tuple[str, str]] = dataclasses.field(default=(), compare=False, repr=False)
 
     def __post_init__(self, bits: str | None, recipe: str | None, codebook: str | None) -> None:
         given = [b for b in (self.weight_bits, self.activation_bits) if b is not None]
@@ -117,16 +128,18 @@ class OrbitQuantConfig:
             if self.trellis_bits is not None:
                 raise ConfigError("give either codebook ('trellis' or 'scalar') or trellis_bits, not both")
             chosen = chosen._replace(trellis_bits=_bits_of(codebook, self.weight_bits))
-        if chosen.centred_bits and self.weight_bits == 2:
-            chosen = chosen._replace(centred_bits=CENTRED_BITS)
+            if codebook != "trellis":
+                object.__setattr__(self, "scalar_codebook", codebook)
+        _check_choice("scalar_codebook", self.scalar_codebook, [name for name in CODEBOOKS if name != "trellis"])
         self._settle(**chosen._asdict())
         _check_choice("scale", self.scale, SCALES)
         _check_choice("trellis_states", self.trellis_states, TRELLIS_STATES)
-        for name, allowed in (("trellis_bits", TRELLIS_BITS), ("centred_bits", CENTRED_BITS)):
-            object.__setattr__(self, name, _check_bits_list(name, getattr(self, name), allowed))
+        object.__setattr__(self, "trellis_bits", _check_trellis_bits(self.trellis_bits))
+        object.__setattr__(self, "centred_bits", _check_centred_bits(self.centred_bits))
         if not isinstance(self.rules, Sequence) or isinstance(self.rules, str):
             raise ConfigError(f"rules={self.rules!r} is not a list of (glob, action) pairs")
         object.__setattr__(self, "rules", tuple(_check_rule(rule) for rule in self.rules))
+        object.__setattr__(self, "layers", _check_layers(self.layers))
         _check_choice("modulation_bits", self.modulation_bits, (4, 16))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed={self.seed!r} is not supported; choose an integer, 0 <= seed < 2**64")
@@ -137,13 +150,19 @@ class OrbitQuantConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-    def states(self, weight_bits: int) -> int:
-        """`trellis_states` if weights of so many bits are trellis codes, else 0: scalar ones."""
-        return self.trellis_states if weight_bits in self.trellis_bits else 0
+    def layer(self, shape: tuple[int, int], bits: tuple[int, int] | None = None) -> LayerSpec:
+        """What a quantized layer of `shape` (in, out) becomes, at its own `bits` (weight, activation) or this value's.
 
-    def mean_tokens(self, activation_bits: int) -> int:
-        """How many consecutive tokens of so many bits share a mean that is kept apart; 0 for none."""
-        return MEAN_TOKENS if activation_bits in self.centred_bits else 0
+        The recipe goes by the bits of the layer: a rule "w2a4" gives what `OrbitQuantConfig("w2a4")` does.
+        """
+        weight_bits, activation_bits = bits or (self.weight_bits, self.activation_bits)
+        trellis = weight_bits in self.trellis_bits
+        states = self.trellis_states if trellis else None
+        code = WeightCode("trellis" if trellis else self.scalar_codebook, weight_bits, self.scale, states)
+        if activation_bits == 16:
+            return LayerSpec(*shape, code, None, self.seed)
+        centred = activation_bits in self.centred_bits or f"w{weight_bits}a{activation_bits}" in self.centred_bits
+        return LayerSpec(*shape, code, TokenCode(activation_bits, MEAN_TOKENS if centred else None), self.seed)
 
     @property
     def label(self) -> str:
@@ -159,7 +178,9 @@ class OrbitQuantConfig:
         """A JSON-ready dictionary, with the method's name and the format version."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields |= {"trellis_bits": list(self.trellis_bits), "centred_bits": list(self.centred_bits)}
-        fields["rules"] = [list(rule) for rule in self.rules]
+        fields |= {"rules": [list(rule) for rule in self.rules], "layers": dict(self.layers)}
+        if not self.layers:
+            del fields["layers"]
         return {"quant_method": self.quant_method.value, "format_version": FORMAT_VERSION, **fields}
 
     to_diff_dict = to_dict
@@ -179,17 +200,44 @@ class OrbitQuantConfig:
             raise ConfigError(f"format_version={version!r} is no version: the configuration is damaged")
         if version > FORMAT_VERSION:
             raise ConfigError(f"format_version={version} is newer than this orbitdit reads: upgrade orbitdit")
-        if version == 1:
-            values = RECIPES["paper"]._asdict() | values
-        elif version == 2 and values.get("scale") in (None, "unbiased"):
-            values["scale"] = "unbiased-rows"
-        if version < 4:
-            values.setdefault("centred_bits", [])
+        for old in range(version, FORMAT_VERSION):
+            values = MIGRATIONS[old](values)
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
             raise ConfigError(f"unknown configuration key {unknown[0]!r}; known are: {', '.join(known)}")
         return cls(**values)
+
+
+def _paper_recipe(values: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had no scales and codebooks to choose from: its models are those of the paper's recipe."""
+    return {**RECIPES["paper"]._asdict(), **values}
+
+
+def _unbiased_rows(values: dict[str, Any]) -> dict[str, Any]:
+    """What was "unbiased" in version 2 is "unbiased-rows"."""
+    scale = values.get("scale")
+    return {**values, "scale": "unbiased-rows" if scale in (None, "unbiased") else scale}
+
+
+def _uncentred(values: dict[str, Any]) -> dict[str, Any]:
+    """Up to version 3 no tokens were centred."""
+    return {"centred_bits": [], **values}
+
+
+def _centred_by_activation_bits(values: dict[str, Any]) -> dict[str, Any]:
+    """Up to version 4 the recipe went by the weight bits of the whole model, and `centred_bits` had no widths such as
+    "w2a4"."""
+    return {"centred_bits": [3, 4] if values.get("weight_bits") == 2 else [3], **values}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _paper_recipe,
+    2: _unbiased_rows,
+    3: _uncentred,
+    4: _centred_by_activation_bits,
+}
+"""By format version: its dictionary in, that of the next version out."""
 
 
 def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -202,7 +250,7 @@ def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 def _bits_of(codebook: str, weight_bits: int) -> tuple[int, ...]:
     """The `trellis_bits` that `codebook` stands for."""
     _check_choice("codebook", codebook, CODEBOOKS)
-    if codebook == "scalar":
+    if codebook != "trellis":
         return ()
     if weight_bits not in TRELLIS_BITS:
         allowed = ", ".join(map(str, TRELLIS_BITS))
@@ -210,12 +258,31 @@ def _bits_of(codebook: str, weight_bits: int) -> tuple[int, ...]:
     return tuple(sorted({*RECIPES["best"].trellis_bits, weight_bits}))
 
 
-def _check_bits_list(name: str, values: Any, allowed: Sequence[int]) -> tuple[int, ...]:
+def _check_trellis_bits(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list | tuple):
-        raise ConfigError(f"{name}={values!r} is not a list of bits")
+        raise ConfigError(f"trellis_bits={values!r} is not a list of bits")
     for value in values:
-        _check_choice(name, value, allowed)
+        _check_choice("trellis_bits", value, TRELLIS_BITS)
     return tuple(sorted(set(values)))
+
+
+def _check_centred_bits(values: Any) -> tuple[int | str, ...]:
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"centred_bits={values!r} is not a list of bits")
+    for value in values:
+        _check_choice("centred_bits", parse_bits(value)[1] if isinstance(value, str) else value, CENTRED_BITS)
+    return tuple(sorted({v.lower() if isinstance(v, str) else v for v in values}, key=str))
+
+
+def _check_layers(values: Any) -> tuple[tuple[str, str], ...]:
+    pairs = list(values.items()) if isinstance(values, Mapping) else values
+    if not isinstance(pairs, list | tuple):
+        raise ConfigError(f"layers={values!r} is no record of layers: the configuration is damaged")
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ConfigError(f"{pair!r} is no record of a layer: the configuration is damaged")
+        LayerSpec.parse(pair[1])
+    return tuple((name, key) for name, key in pairs)
 
 
 def _check_rule(rule: Any) -> tuple[str, str]:

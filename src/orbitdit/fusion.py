@@ -1,290 +1,310 @@
-"""Blocks of diffusers' models whose norms and activations run inside the encoding of the layer that follows.
+"""Connects the layers of a quantized model: who shares an input, and what runs inside an encoding.
 
-A norm with AdaLN's modulation, and the GELU or gated SiLU of a feed-forward, directly precede a quantized layer; the
-kernel that encodes its tokens can compute them on the way, and what lies between is never written to memory. A block
-that can is given a class of the same name with a forward pass of its own, which falls back to the original's where it
-must: on devices without kernels, where tokens are centred (their means are of what is encoded), for gradients, adapters
-and hooks, for attention processors that are not the model's own.
+Norms, activations and gated feed-forwards that precede a quantized layer are replaced by subclasses of themselves whose
+result is `Tokens` with a pending step (see `tokens`); the original class computes it wherever a kernel does not. Blocks
+stay as they are, and run their own forward passes. Hooks wrap the inputs of modules whose layers share them.
+
+What a pending step computes is known for certain bodies of diffusers' modules. Each is recognised by a hash of its
+source: one that is not known is left alone, and one warning says so.
 """
 
+import hashlib
 import inspect
-from collections.abc import Callable, Iterable
+import re
+import warnings
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from orbitdit.kernels import EXACT
-from orbitdit.kernels.reference import NORM_EPSILONS
-from orbitdit.linear import OrbitLinear, SharedInput, is_hooked
+from orbitdit.families import FAMILIES, Family
+from orbitdit.linear import OrbitLinear, is_offloaded, share_inputs
+from orbitdit.ops.rotate_encode.reference import NORM_EPSILONS
+from orbitdit.tokens import Modulation, Tokens, TokensTensor
+
+Places = dict[str, list[tuple[nn.Module, str]]]
+"""Where modules are, as parents and names in them: more than one where a module is shared. Keys are modules' names."""
 
 
-def fuse_blocks(model: nn.Module) -> None:
-    """Give the blocks of `model` that `FUSED` names their fused forward pass, if diffusers' own takes what is known."""
-    for block in model.modules():
-        base: Any = type(block)
-        if not hasattr(base, "unfused") and _forward_for(base) is not None:
-            block.__class__ = _fused(base)
+def connect(model: nn.Module) -> None:
+    """Let the quantized layers of `model` share their inputs, and take pending steps. Idempotent."""
+    family = FAMILIES.get(type(model).__name__, Family(()))
+    _replace_modules(model, family)
+    share_inputs_of(model)
+    for name, module in model.named_modules():
+        if _BLOCK.sub("", name) in family.modulation_inputs:
+            _hook_inputs(module, wrap_modulation)
 
 
-def unfuse_blocks(model: nn.Module) -> None:
-    """Undo `fuse_blocks`."""
-    for block in model.modules():
-        base = getattr(type(block), "unfused", None)
-        if base is None:
-            continue
-        for name in ("forward", "_old_forward"):  # where accelerate's hooks leave a bound method behind
-            if getattr(block.__dict__.get(name), "__func__", None) is type(block).forward:
-                setattr(block, name, base.forward.__get__(block))
-        block.__class__ = base
+def disconnect(model: nn.Module) -> None:
+    """Undo `connect`."""
+    where = places(model)
+    for name, module in list(model.named_modules()):
+        original = getattr(type(module), "original", None)
+        if original is not None:
+            _put(where[name], _reborn(original, module))
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in OWN_HOOKS]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if isinstance(module, OrbitLinear):
+            module.siblings = None
 
 
-def _forward_for(base: Any) -> Callable | None:
-    """The fused forward pass for diffusers' class of this name whose own takes the same parameters."""
-    for forward in FUSED.get(base.__name__, ()):
-        if list(inspect.signature(base.forward).parameters) == list(inspect.signature(forward).parameters):
-            return forward
+def share_inputs_of(model: nn.Module) -> None:
+    """`connect` without pending steps."""
+    family = FAMILIES.get(type(model).__name__, Family(()))
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, OrbitLinear)}
+    for names in family.shared:
+        for block in {name.removesuffix(part) for part in names for name in layers if f".{name}".endswith(f".{part}")}:
+            found = {part: layers[block + part] for part in names if block + part in layers}
+            _share(model, block, found, family.source)
+
+
+def wrap_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook: the tokens that a module is given come as `Tokens`, so that its layers can share what they make of
+    them; as tensors, if another library has put a forward pass around the module's own, as caches of diffusers do."""
+    wrap = _tensor if "forward" in module.__dict__ else _tokens
+    given = [*args[:3], *(kwargs[name] for name in TOKEN_NAMES if name in kwargs)]
+    wrapped: list[Any] = []
+    for place, value in enumerate(given):
+        first = next((i for i in range(place) if given[i] is value), place)
+        wrapped.append(wrap(value) if first == place else wrapped[first])  # one value for one tensor
+    named = dict(zip([name for name in TOKEN_NAMES if name in kwargs], wrapped[len(args[:3]) :], strict=True))
+    return (*wrapped[: len(args[:3])], *args[3:]), {**kwargs, **named}
+
+
+def wrap_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """A hook: the tokens that a module gives, alone or before other outputs, come as `Tokens`."""
+    if isinstance(output, tuple):
+        return (_tokens(output[0]), *output[1:])
+    return _tokens(output)
+
+
+def wrap_modulation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook: AdaLN's input comes as a `Modulation`, and so does what is made of it."""
+    if torch.is_grad_enabled() or not args or not isinstance(args[0], Tensor):
+        return args, kwargs
+    return (Modulation(args[0]), *args[1:]), kwargs
+
+
+OWN_HOOKS = (wrap_inputs, wrap_output, wrap_modulation)
+TOKEN_NAMES = ("hidden_states", "encoder_hidden_states", "norm_hidden_states", "norm_encoder_hidden_states", "x")
+"""Parameters of diffusers' modules that are tokens; so are the first three that are passed by position."""
+
+
+def _tokens(value: Any) -> Any:
+    if isinstance(value, TokensTensor):
+        return value.tokens
+    if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
+        return value
+    return value if torch.is_grad_enabled() and value.requires_grad else Tokens(value)
+
+
+def _tensor(value: Any) -> Any:
+    tokens = _tokens(value)
+    if not isinstance(tokens, Tokens):
+        return tokens
+    return tokens.tensor() if torch.compiler.is_compiling() else TokensTensor(tokens)
+
+
+def _share(model: nn.Module, block: str, layers: dict[str, OrbitLinear], source: str | None) -> None:
+    """Let `layers`, by their names within the block with the prefix `block`, share their input."""
+    parents = {part.rpartition(".")[0] for part in layers}
+    if len(parents) > 1:
+        origin = _submodule(model, f"{block}{source}") if source else None
+        if origin is None:  # nothing of this block gives what all of them take
+            return _share(model, block, {part: layer for part, layer in layers.items() if "." in part}, None)
+        if wrap_output not in origin._forward_hooks.values():
+            origin.register_forward_hook(wrap_output)
+    share_inputs(layers.values())
+    if any(layer.siblings is not None for layer in layers.values()):
+        for parent in parents:
+            if parent or len(parents) == 1:
+                _hook_inputs(model.get_submodule(f"{block}{parent}".rstrip(".")), wrap_inputs)
     return None
 
 
-@cache
-def _fused(base: Any) -> type[nn.Module]:
-    """A subclass with the name of `base`, by which diffusers and torch.compile find repeated blocks."""
-
-    def reduce(block: nn.Module, protocol: int) -> tuple:
-        return _revive, (base,), block.__dict__
-
-    own = {"forward": _forward_for(base), "unfused": base, "unfused_forward": base.forward}
-    return type(base.__name__, (base,), {**own, "__reduce_ex__": reduce, "__module__": base.__module__})
+def _hook_inputs(module: nn.Module, hook: Callable[..., Any]) -> None:
+    if hook not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _revive(base: Any) -> nn.Module:
-    """An empty block to fill, for copies and pickles."""
-    return _fused(base).__new__(_fused(base))
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(name)
 
 
-def _ready(x: Tensor, layers: Iterable[nn.Module], bypassed: Iterable[nn.Module] = ()) -> bool:
-    """Whether kernels run all of `layers` on what is like `x`, nobody watches them or the modules that are `bypassed`,
-    and nobody asks for gradients: of `x`, of the text or of the modulation, which kernels would cut off."""
-    if not x.is_cuda or torch.is_grad_enabled():
-        return False
-    for layer in layers:
-        if type(layer) is not OrbitLinear or layer.grid_for(x) == EXACT:
-            return False
-        if layer.mean_tokens:  # means are of what is encoded
-            return False
-    for module in (*layers, *bypassed):
-        if is_hooked(module) or module._forward_pre_hooks or module._forward_hooks:
-            return False
-    return True
+_BLOCK = re.compile(r"^\w+\.\d+\.")
+"""What comes before a name within its block."""
 
 
-def _plain_norm(norm: Any) -> bool:
-    known = type(norm) is nn.LayerNorm or type(norm).__name__ == "FP32LayerNorm"
-    return known and not norm.elementwise_affine and norm.eps == NORM_EPSILONS["layer_norm"]
+class Known(NamedTuple):
+    """A module that can leave its step pending: how, and the hashes of its methods' sources for which that is what they
+    compute (none for torch's own)."""
+
+    forward: Callable[..., Any]
+    sources: dict[str, tuple[str, ...]]
 
 
-def _plain_rms_norm(norm: Any, x: Tensor) -> bool:
-    """Whether this is diffusers' RMSNorm without a bias, and its weight is like `x` and at hand."""
-    known = type(norm).__name__ == "RMSNorm" and norm.weight is not None and getattr(norm, "bias", None) is None
-    alike = known and norm.weight.dtype == x.dtype and norm.weight.device == x.device
-    return alike and norm.eps == NORM_EPSILONS["rms_norm"]
+def _layer_norm(self: Any, x: Any) -> Any:
+    def compute() -> Tensor:
+        normed: Tensor = self.original.forward(self, x)
+        return normed
+
+    if self.elementwise_affine or self.eps != NORM_EPSILONS["layer_norm"] or not _defers(self, x):
+        return compute()
+    return Tokens(x, compute, "layer_norm")
 
 
-def _has_gelu(feed_forward: Any) -> bool:
-    """Whether this is diffusers' feed-forward with the tanh approximation of GELU, and nothing drops out."""
-    gelu, dropout = feed_forward.net[0], feed_forward.net[1]
-    known = type(gelu).__name__ == "GELU" and gelu.approximate == "tanh" and type(dropout) is nn.Dropout
-    return known and (dropout.p == 0 or not feed_forward.training)
+def _rms_norm(self: Any, x: Any) -> Any:
+    def compute() -> Tensor:
+        normed: Tensor = self.original.forward(self, x)
+        return normed
+
+    weight, bias = self.weight, getattr(self, "bias", None)
+    if weight is None or bias is not None or self.eps != NORM_EPSILONS["rms_norm"] or not _defers(self, x):
+        return compute()
+    if weight.dtype != x.dtype or weight.device != x.device:
+        return compute()
+    return Tokens(x, compute, "rms_norm", (weight,))
 
 
-def _feed_forward(feed_forward: Any, x: Tensor, before: str = "", *extras: Tensor) -> Tensor:
-    y = feed_forward.net[2].after("gelu", feed_forward.net[0].proj.after(before, x, *extras))
-    for module in feed_forward.net[3:]:
-        y = module(y)
-    return y
+def _gelu(self: Any, x: Any) -> Any:
+    def compute() -> Tensor:
+        activated: Tensor = self.original.forward(self, x)
+        return activated
+
+    if self.approximate != "tanh" or not _defers(self, x):
+        return compute()
+    return Tokens(x, compute, "gelu")
 
 
-def feed_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """diffusers' FeedForward: GELU inside the encoding of the second layer."""
-    usual = _has_gelu(self) and not args and not kwargs
-    if not (usual and _ready(hidden_states, (self.net[0].proj, self.net[2]), (self.net[0], self.net[1]))):
-        return self.unfused_forward(hidden_states, *args, **kwargs)
-    return _feed_forward(self, hidden_states)
+def _projected_gelu(self: Any, hidden_states: Any) -> Any:
+    x = self.proj(hidden_states)
+
+    def compute() -> Tensor:
+        activated: Tensor = self.gelu(x)
+        return activated
+
+    if self.approximate != "tanh" or not _defers(self, x):
+        return compute()
+    return Tokens(x, compute, "gelu")
 
 
-def _has_silu(feed_forward: Any) -> bool:
-    """Whether this is Z-Image's feed-forward: others of its name and parameters may have another activation."""
-    return hasattr(feed_forward, "_forward_silu_gating")
+def _gated_feed_forward(self: Any, x: Any) -> Any:
+    first, gate = self.w1(x), self.w3(x)
+
+    def compute() -> Tensor:
+        gated: Tensor = self._forward_silu_gating(first, gate)
+        return gated
+
+    return self.w2(Tokens(first, compute, "silu", (gate,)) if _defers(self, first) else compute())
 
 
-def _gated_feed_forward(feed_forward: Any, x: Tensor) -> Tensor:
-    return feed_forward.w2.after("silu", feed_forward.w1(x), feed_forward.w3(x))
-
-
-def gated_feed_forward(self: Any, x: Tensor) -> Tensor:
-    """Z-Image's FeedForward: SiLU and the gate inside the encoding of the last layer."""
-    if not (_has_silu(self) and _ready(x, (self.w1, self.w3, self.w2))):
-        return self.unfused_forward(x)
-    return _gated_feed_forward(self, x)
-
-
-def _known_attention(attention: Any, processor: str) -> bool:
-    """Whether attention projects the very tensors that it is given, once each, as diffusers' own `processor` does."""
-    return type(attention.processor).__name__ == processor and not attention.fused_projections
-
-
-def _shared(layers: tuple[OrbitLinear, ...]) -> SharedInput | None:
-    """What `layers` share, if it is all of them and no others."""
-    shared = layers[0].shared_input
-    if shared is None or len(shared.members) != len(layers):
-        return None
-    for layer in layers:
-        if layer.shared_input is not shared or shared.members[layer.shared_place] is not layer:
-            return None
-    return shared
-
-
-def _clip(x: Tensor) -> Tensor:
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
-
-
-def flux_single_block(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: Any = None,
-    joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """FLUX's single-stream block: the norm inside the encoding for q, k, v and MLP, GELU inside that of `proj_out`."""
-    attention, norm, gelu = self.attn, self.norm, self.act_mlp
-    members = attention.to_q, attention.to_k, attention.to_v, self.proj_mlp
-    usual = (
-        _known_attention(attention, "FluxAttnProcessor")
-        and _plain_norm(norm.norm)
-        and type(gelu) is nn.GELU
-        and gelu.approximate == "tanh"
-    )
-    ready = usual and _ready(hidden_states, (*members, self.proj_out), (norm, norm.norm, gelu))
-    shared = _shared(members) if ready else None
-    if shared is None:
-        given = hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-        return self.unfused_forward(*given)
-    text = encoder_hidden_states.shape[1]
-    hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
-    shared.hold(hidden_states, "layer_norm", scale, shift)
-    mlp = self.proj_mlp(hidden_states)
-    attended = attention(hidden_states, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-    hidden_states = _clip(hidden_states + gate[:, None] * self.proj_out.after("gelu", mlp, attended))
-    return hidden_states[:, :text], hidden_states[:, text:]
-
-
-def flux_block(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: Any = None,
-    joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """FLUX's double-stream block: every norm and every GELU inside an encoding."""
-    attention, streams = self.attn, (self.ff, self.ff_context)
-    members = attention.to_q, attention.to_k, attention.to_v
-    context_members = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
-    norms = self.norm1.norm, self.norm1_context.norm, self.norm2, self.norm2_context
-    known = _known_attention(attention, "FluxAttnProcessor")
-    usual = known and all(map(_plain_norm, norms)) and all(map(_has_gelu, streams))
-    layers = (*members, *context_members, *(layer for ff in streams for layer in (ff.net[0].proj, ff.net[2])))
-    bypassed = (*norms, self.norm1, self.norm1_context, *(m for ff in streams for m in (ff, ff.net[0], ff.net[1])))
-    usual = usual and self.norm1.emb is None and self.norm1_context.emb is None
-    ready = usual and _ready(hidden_states, layers, bypassed)
-    shared, context_shared = (_shared(members), _shared(context_members)) if ready else (None, None)
-    if shared is None or context_shared is None:
-        given = hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-        return self.unfused_forward(*given)
-    gates = []
-    for norm, part, tokens in (
-        (self.norm1, shared, hidden_states),
-        (self.norm1_context, context_shared, encoder_hidden_states),
-    ):
-        shift, scale, *rest = norm.linear(norm.silu(temb)).chunk(6, dim=1)
-        part.hold(tokens, "layer_norm", scale, shift)
-        gates.append(rest)
-    attended = attention(
-        hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
-    )
-    outputs = []
-    for x, y, (gate, shift, scale, ff_gate), ff in zip(
-        (hidden_states, encoder_hidden_states), attended, gates, streams, strict=True
-    ):
-        x = x + gate[:, None] * y
-        outputs.append(x + ff_gate[:, None] * _feed_forward(ff, x, "layer_norm", scale, shift))
-    return _clip(outputs[1]), outputs[0]
-
-
-def _add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    return x + (y if gate is None else gate.tanh()[:, None] * y)
-
-
-def z_image_block(
-    self: Any,
-    x: Tensor,
-    attn_mask: Tensor,
-    freqs_cis: Tensor,
-    adaln_input: Tensor | None = None,
-    noise_mask: Tensor | None = None,
-    adaln_noisy: Tensor | None = None,
-    adaln_clean: Tensor | None = None,
-) -> Tensor:
-    """Z-Image's block, with modulation of all tokens alike or without any: what precedes q, k, v and the layers of the
-    feed-forward inside an encoding."""
-    attention, ff, norms = self.attention, self.feed_forward, (self.attention_norm1, self.ffn_norm1)
-    members, gated = (attention.to_q, attention.to_k, attention.to_v), (ff.w1, ff.w3)
-    known = _known_attention(attention, "ZSingleStreamAttnProcessor") and _has_silu(ff)
-    known = known and all(_plain_rms_norm(norm, x) for norm in norms)
-    alike = noise_mask is None and (not self.modulation or (adaln_input is not None and adaln_input.dtype == x.dtype))
-    ready = known and alike and _ready(x, (*members, *gated, ff.w2), (*norms, ff))
-    shared, gated_shared = (_shared(members), _shared(gated)) if ready else (None, None)
-    if shared is None or gated_shared is None:
-        given = x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean
-        return self.unfused_forward(*given)
-    parts = self.adaLN_modulation(adaln_input).chunk(4, dim=1) if self.modulation else ()
-    shared.hold(x, "rms_norm", norms[0].weight, *parts[:1])
-    attended = attention(x, attention_mask=attn_mask, freqs_cis=freqs_cis)
-    x = _add_gated(x, self.attention_norm2(attended), *parts[1:2])
-    gated_shared.hold(x, "rms_norm", norms[1].weight, *parts[2:3])
-    return _add_gated(x, self.ffn_norm2(_gated_feed_forward(ff, x)), *parts[3:])
-
-
-def wan_block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-    """Wan's block: the two modulated norms and GELU inside an encoding. Scale and shift, which Wan has in fp32, are
-    rounded to the dtype of the tokens, as the tokens are themselves."""
-    attention, ff = self.attn1, self.ffn
-    members = attention.to_q, attention.to_k, attention.to_v
-    known = _known_attention(attention, "WanAttnProcessor") and _has_gelu(ff) and temb.ndim == 3
-    usual = known and _plain_norm(self.norm1) and _plain_norm(self.norm3)
-    bypassed = self.norm1, self.norm3, ff, ff.net[0], ff.net[1]
-    ready = usual and _ready(hidden_states, (*members, ff.net[0].proj, ff.net[2]), bypassed)
-    shared = _shared(members) if ready else None
-    if shared is None:
-        return self.unfused_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-    x, parts = hidden_states, self.scale_shift_table + temb.float()
-    gate, ff_gate = parts[:, 2:3], parts[:, 5:]
-    shift, scale, _, ff_shift, ff_scale, _ = parts.to(x.dtype).unbind(1)
-    shared.hold(x, "layer_norm", scale, shift)
-    x = (x.float() + attention(x, None, None, rotary_emb) * gate).type_as(x)
-    x = x + self.attn2(self.norm2(x.float()).type_as(x), encoder_hidden_states, None, None)
-    return (x.float() + _feed_forward(ff, x, "layer_norm", ff_scale, ff_shift).float() * ff_gate).type_as(x)
-
-
-FUSED: dict[str, tuple[Callable, ...]] = {
-    "FeedForward": (feed_forward, gated_feed_forward),
-    "FluxSingleTransformerBlock": (flux_single_block,),
-    "FluxTransformerBlock": (flux_block,),
-    "WanTransformerBlock": (wan_block,),
-    "ZImageTransformerBlock": (z_image_block,),
+KNOWN: dict[str, Known] = {
+    "torch.nn.modules.normalization.LayerNorm": Known(_layer_norm, {}),
+    "torch.nn.modules.activation.GELU": Known(_gelu, {}),
+    "diffusers.models.normalization.FP32LayerNorm": Known(_layer_norm, {"forward": ("1f774f77",)}),
+    "diffusers.models.normalization.RMSNorm": Known(_rms_norm, {"forward": ("3219c025",)}),
+    "diffusers.models.activations.GELU": Known(_projected_gelu, {"forward": ("a27bd4a1",), "gelu": ("ab312125",)}),
+    "diffusers.models.transformers.transformer_z_image.FeedForward": Known(
+        _gated_feed_forward, {"forward": ("ff303a98",), "_forward_silu_gating": ("d2738b39",)}
+    ),
 }
-"""Forward passes by the name of diffusers' class, told apart by their parameters."""
+"""By the full names of their classes. The hashes are those of the oldest and the newest diffusers that are
+supported."""
+
+
+def source_hash(function: Callable[..., Any]) -> str:
+    """Eight hexadecimal digits for the source of a function, its comments and layout aside."""
+    text = re.sub(r"#.*", "", inspect.getsource(function))
+    return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:8]
+
+
+@cache
+def _known(cls: type[nn.Module]) -> Known | None:
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    known = KNOWN.get(name)
+    for method, hashes in known.sources.items() if known else ():
+        try:
+            found = source_hash(getattr(cls, method))
+        except (OSError, TypeError):
+            found = "no source"
+        if found not in hashes:
+            warnings.warn(
+                f"{name} is not as orbitdit knows it: it runs unfused, which is right and slower", stacklevel=2
+            )
+            return None
+    return known
+
+
+def is_known(cls: Any) -> bool:
+    """Whether the class `cls` is in `KNOWN`, with the body that it has there."""
+    return _known(cls) is not None
+
+
+def _defers(module: nn.Module, x: Any) -> bool:
+    """Whether the step of `module` may wait: `x` is a tensor, no gradients or casts are in the way, and no hooks are
+    registered but our own: others would see no tensor."""
+    if not isinstance(x, Tensor) or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if hook not in OWN_HOOKS:
+            return False
+    return not is_offloaded(module)
+
+
+def _replace_modules(model: nn.Module, family: Family) -> None:
+    """Put deferring modules where the family says, and in every feed-forward of diffusers' that has GELU."""
+    where = places(model)
+    for name, module in list(model.named_modules()):
+        inner = _BLOCK.sub("", name)
+        everywhere = type(module).__module__ == "diffusers.models.activations"
+        if (inner != name and inner in family.pending) or (everywhere and name):
+            cls: Any = type(module)
+            if not is_offloaded(module) and _known(cls) is not None:
+                _put(where[name], _reborn(_deferring(cls), module))
+
+
+@cache
+def _deferring(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a known class that can leave its step pending."""
+    known = KNOWN[f"{original.__module__}.{original.__qualname__}"]
+
+    def reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _revive, (original,), module.__dict__
+
+    own = {"forward": known.forward, "original": original, "__reduce_ex__": reduce, "__module__": __name__}
+    return type(f"Deferring{original.__name__}", (original,), own)
+
+
+def _revive(original: Any) -> nn.Module:
+    """An empty module to fill, for copies and pickles."""
+    cls = _deferring(original)
+    return cls.__new__(cls)
+
+
+def _reborn(cls: type[nn.Module], module: nn.Module) -> nn.Module:
+    """The same parameters, buffers and settings as a module of another class."""
+    twin = cls.__new__(cls)
+    twin.__dict__.update(module.__dict__)
+    return twin
+
+
+def _put(where: list[tuple[nn.Module, str]], module: nn.Module) -> None:
+    for parent, leaf in where:
+        setattr(parent, leaf, module)
+
+
+def places(model: nn.Module) -> Places:
+    """Where each module below `model` is. It does not keep them alive."""
+    names = {module: name for name, module in model.named_modules()}
+    found: Places = {}
+    for parent in names:
+        for leaf, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(names[child], []).append((parent, leaf))
+    return found

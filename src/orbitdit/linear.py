@@ -1,166 +1,191 @@
 """The two layers that a quantized model is made of.
 
-Both hold packed codes and scales as parameters without gradient (offloading moves parameters, not buffers),
-are subclasses of `nn.Linear` (PEFT adapts nothing else), and show a `weight` of the right shape that stores one
-number: enough for code that looks at a layer's weight without using its values.
+Both hold packed codes and scales as parameters without gradient (offloading moves parameters, not buffers) and are
+subclasses of `nn.Linear` (PEFT adapts nothing else). `weight` is what the codes stand for, expanded when its values are
+used.
 
 The forward pass is, with n_i and t the norms of row i and of the token,
 
     y_i = n_i * t * <c_W(i), c_A> + bias_i        (OrbitQuant, arXiv 2607.02461; for n_i also see `quantize`)
 
-in the steps of `kernels`: encode the tokens, decode the codes, multiply. Tokens may be centred: the sum is of what is
-left of them after a mean that they share, and of the mean (see `kernels.centring`). Which grid the centroids lie on is
-a matter of the device that runs the layer, and no part of a checkpoint.
+in the steps of `ops`: encode the tokens, decode the codes, multiply. Tokens may be centred: the sum is of what is left
+of them after a mean that they share, and of the mean (see `ops.rotate_encode.means`). Which grid the centroids lie on
+depends on the device that runs the layer, and is no part of a checkpoint.
+
+A layer that is given `Tokens` (see `tokens`) takes their pending step into the encoding, and computes the outputs of
+its siblings with its own.
 """
 
-import threading
-from collections.abc import Callable, Iterable
-from typing import Any
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from orbitdit import kernels, trellis
-from orbitdit.config import ACTIVATION_BITS
-from orbitdit.errors import ConfigError, TensorError
-from orbitdit.kernels import EXACT, centring, ops
-from orbitdit.kernels.centring import MEAN_BITS
-from orbitdit.kernels.reference import exact_linear, int4_linear
-from orbitdit.packing import GROUP, packed_width
-from orbitdit.quantize import (
-    QuantizedWeight,
-    dequantize_int4,
-    dequantize_weight,
-    quantize_int4,
-    quantize_weight,
-    token_gain,
-)
+from orbitdit.errors import ModelError, TensorError
+from orbitdit.grids import EXACT
+from orbitdit.ops import choose, has_kernel, ops, run_linear
+from orbitdit.ops.int4_linear.reference import int4_linear
+from orbitdit.ops.linear.reference import exact_linear
+from orbitdit.ops.rotate_encode.means import MEAN_BITS, add_means, group_size_for, less_means, mean_gain, token_means
+from orbitdit.quantize import QuantizedWeight, check_spec, empty_weight, quantize_weight
+from orbitdit.spec import INT4, LayerSpec, Projection, TokenCode
+from orbitdit.tokens import Deferred, Modulation, Tokens, TokensTensor, version
+from orbitdit.weight import PackedWeight
 
 
-class SharedInput:
-    """Layers that take the same tensor: the first of them that is called computes the outputs of all.
+class Siblings:
+    """Layers of a block that take the same tokens and encode them alike. It does not keep them alive."""
 
-    So the tensor is encoded once, and one op does the work of many. A member that is given the very tensor that the
-    outputs are of takes its output; for any other tensor all is computed anew, so that nothing depends on the members
-    being called together. What was written to the tensor in between counts as another one, except in inference mode
-    and in compiled code, where torch does not tell. What is held goes with the last member; each thread has its own.
+    def __init__(self, layers: "Iterable[OrbitLinear]"):
+        self._layers = tuple(weakref.ref(layer) for layer in layers)
+
+    def layers(self) -> "tuple[OrbitLinear, ...]":
+        """All of them, or none if one is gone."""
+        found = []
+        for reference in self._layers:
+            layer = reference()
+            if layer is None:
+                return ()
+            found.append(layer)
+        return tuple(found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Siblings":
+        memo[id(self)] = twin = Siblings(())
+        twin._layers = tuple(weakref.ref(copy.deepcopy(layer, memo)) for layer in self.layers())
+        return twin
+
+    def __getstate__(self) -> "dict[str, tuple[OrbitLinear, ...]]":
+        return {"layers": self.layers()}
+
+    def __setstate__(self, state: "dict[str, tuple[OrbitLinear, ...]]") -> None:
+        self._layers = tuple(weakref.ref(layer) for layer in state["layers"])
+
+
+class Stamp:
+    """Parameters and how often they had been written to when something was made of them."""
+
+    def __init__(self, *parameters: Tensor | None):
+        self.parameters = parameters
+        self.versions = [0 if p is None else version(p) for p in parameters]
+
+    def fits(self, *parameters: Tensor | None) -> bool:
+        """Whether these are the same tensors, not written to since (as far as torch counts it)."""
+        for before, now, count in zip(self.parameters, parameters, self.versions, strict=True):
+            if before is not now or (now is not None and version(now) != count):
+                return False
+        return True
+
+
+class Outputs(NamedTuple):
+    """What siblings' outputs are kept as in `Tokens`: whose, on which grid, and of which parameters."""
+
+    siblings: Siblings
+    grid: str
+    outputs: list[Tensor | None]
+    stamps: list[Stamp]
+
+
+class Decoded(NamedTuple):
+    """A decoded weight and what it was decoded from."""
+
+    stamp: Stamp
+    grid: str
+    values: Tensor
+    row_scales: Tensor
+
+
+def share_inputs(layers: "Iterable[OrbitLinear]") -> None:
+    """Let `layers`, which take the same tokens, encode them once and be multiplied side by side, where these come as
+    `Tokens`.
+
+    Only layers that encode alike (width, token code, scale and seed) and have kernels share; others are left alone.
     """
-
-    def __init__(self, members: tuple["OrbitLinear", ...]):
-        self.members = members
-        self.held: dict[int, tuple[Tensor, int, int, list[Tensor | None], str]] = {}
-
-    def output(self, place: int, x: Tensor, grid: int) -> Tensor:
-        """The output of member number `place` for `x` (..., dim)."""
-        thread, version, output = _thread(), _version(x), None
-        held = self.held.get(thread)
-        if held is not None and held[0] is x:
-            if held[1] == version and held[2] == grid:
-                output = held[3][place]
-            if output is None and held[4]:
-                raise RuntimeError("what a layer shares was held for one call of each layer, with its input unchanged")
-        if held is None or output is None:
-            for member in self.members:
-                if is_hooked(member) or member.codes.device != x.device:  # its weight is there when it is called
-                    return _project(self.members[place : place + 1], x, grid)[0]
-            held = (x, version, grid, list(_project(self.members, x, grid)), "")
-            self.held[thread], output = held, held[3][place]
-        held[3][place] = None  # the caller's own, to write to
-        for left in held[3]:
-            if left is not None:
-                break
-        else:
-            self.held.pop(thread, None)
-        assert output is not None
-        return output
-
-    def hold(self, x: Tensor, before: str, *extras: Tensor) -> None:
-        """Compute the outputs for what `reference.apply_before` makes of `x`, to be given when members are called
-        with `x` itself. All members must be on the device of `x`, and all be called, once each: RuntimeError else."""
-        grid = self.members[0].grid_for(x)
-        outputs: list[Tensor | None] = list(_project(self.members, x, grid, before, extras))
-        self.held[_thread()] = (x, _version(x), grid, outputs, before)
-
-    def __getstate__(self) -> dict:
-        return {"members": self.members, "held": {}}
-
-
-def share_inputs(layers: Iterable["OrbitLinear"]) -> None:
-    """Let `layers`, which take the same tensor and are called one after the other, encode it once.
-
-    Only layers that encode alike (width, bits, means and seed) share; the others are left alone.
-    """
-    alike: dict[tuple[int | float, ...], list[OrbitLinear]] = {}
-    for layer in layers:
-        if layer.fits:
-            encoding = layer.in_features, layer.activation_bits, layer.mean_tokens, layer.mean_gain, layer.seed
-            alike.setdefault(encoding, []).append(layer)
+    alike: dict[Any, list[OrbitLinear]] = {}
+    for layer in dict.fromkeys(layers):  # keys may be the values
+        layer.siblings, layer.place = None, 0
+        if layer.has_kernel:
+            alike.setdefault(layer.spec.encoding, []).append(layer)
     for members in alike.values():
-        shared = SharedInput(tuple(members)) if len(members) > 1 else None
-        for place, layer in enumerate(members):
-            layer.shared_input, layer.shared_place = shared, place
+        if len(members) > 1:
+            siblings = Siblings(members)
+            for place, layer in enumerate(members):
+                layer.siblings, layer.place = siblings, place
 
 
-def is_hooked(module: nn.Module) -> bool:
+def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate or diffusers moves the weights of this very module, perhaps still while another one runs."""
     own = module.__dict__
-    return "_hf_hook" in own or "_diffusers_hook" in own
-
-
-def _thread() -> int:
-    """The number of the thread that runs, or in compiled code of the one that traces: there nothing stays held."""
-    return threading.get_ident()
-
-
-_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `kernels.device_grids`
-
-
-def _version(x: Tensor) -> int:
-    """Counts what was written to `x`, where torch counts it."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-def _project(
-    layers: tuple["OrbitLinear", ...], x: Tensor, grid: int, before: str = "", extras: tuple[Tensor, ...] = ()
-) -> tuple[Tensor, ...]:
-    """The outputs of `layers`, which encode alike, for `x` (..., dim): views of one tensor."""
-    first = layers[0]
-    weights, scales, biases, bits, states = [], [], [], [], []
-    for layer in layers:
-        weight, scale = layer.operands(grid)
-        weights.append(weight)
-        scales.append(scale)
-        biases.append(layer.bias)
-        bits.append(layer.weight_bits)
-        states.append(layer.states)
-    encoding = first.activation_bits, kernels.signed(first.seed), grid, before, extras
-    means = first.mean_tokens, first.mean_gain
-    y = kernels.project(x, weights, scales, biases, bits, states, *encoding, *means)
-    return (y,) if len(layers) == 1 else y.split([layer.out_features for layer in layers], dim=-1)
+    registry = own.get("_diffusers_hook")
+    return "_hf_hook" in own or (registry is not None and bool(registry.hooks))
 
 
 class _PackedLinear(nn.Linear):
-    """What both layers share: `codes` (out, bytes) uint8, `scales` (out, ...) bf16, `bias` (out,) or None."""
+    """What both layers share: `spec`, `codes` (out, bytes) uint8, `scales` (out, ...) bf16, `bias` (out,) or None.
 
-    def __init__(self, in_features: int, out_features: int, bias: Tensor | None, quantized: QuantizedWeight):
+    `dtype` is the compute dtype: that of the weight which was quantized, then whatever the layer is cast to, except for
+    what tensors are only stored in (layerwise casting keeps them in fp8 between calls).
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        bias: Tensor | None = None,
+        quantized: QuantizedWeight | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
+        check_spec(spec)
+        quantized = quantized or empty_weight(spec, device)
+        self.spec, self.in_features, self.out_features = spec, spec.in_features, spec.out_features
+        self.key = spec.key  # compiled code cannot compute it
+        candidates = (dtype, None if bias is None else bias.dtype, torch.bfloat16)
+        self.dtype: torch.dtype = next(each for each in candidates if each is not None and _computes_in(each))
         # First, for diffusers takes the first floating-point parameter's dtype for the model's: scales are always bf16.
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.codes = nn.Parameter(quantized.codes, requires_grad=False)
         self.scales = nn.Parameter(quantized.scales, requires_grad=False)
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, spec: LayerSpec, name: str = "weight") -> Any:
+        """Quantize `linear` as `spec` says, on its device; its bias is shared. Raises as `quantize_weight` does."""
+        quantized = quantize_weight(linear.weight, spec, name)
+        return cls(spec, linear.bias, quantized, dtype=linear.weight.dtype)
+
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """A stand-in of shape (out, in) that holds NaN, so that nobody computes with it unnoticed.
+    def weight(self) -> Tensor:
+        """The weight (out, in) that the codes stand for, in the compute dtype, for reading.
 
-        On the layer's device, in the dtype of its bias (bf16 without one); `dequantize` gives the values.
+        Its values are expanded when they are used; compiled code expands them at once. Raises ModelError for an
+        attempt to write to it.
         """
-        like = self.scales if self.bias is None else self.bias
-        return like.detach().new_full((1, 1), torch.nan).expand(self.out_features, self.in_features)
+        return self.dequantize().to(self.dtype) if torch.compiler.is_compiling() else PackedWeight(self)
 
-    dequantize: Callable[[], Tensor]
-    """The weight (out, in) in fp32 that the codes stand for."""
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise self._not_replaced()
+
+    @weight.deleter
+    def weight(self) -> None:
+        raise self._not_replaced()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of `nn.Module`. Raises ModelError for `weight`, whose values are packed."""
+        if name == "weight":
+            raise self._not_replaced()
+        super().register_parameter(name, param)
+
+    def _not_replaced(self) -> ModelError:
+        return ModelError(f"{self}: the weight is packed and cannot be replaced: use orbitdit.dequantize_ first")
+
+    def dequantize(self) -> Tensor:
+        """The weight (out, in) in fp32 that the codes stand for."""
+        weight: Tensor = ops.dequantize(self.codes, self.scales, self.key)
+        return weight
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary `nn.Linear` with the dequantized weight and the bias in `dtype`."""
@@ -170,183 +195,246 @@ class _PackedLinear(nn.Linear):
             linear.bias = nn.Parameter(self.bias.to(dtype))
         return linear
 
-    def _check_input(self, x: Tensor) -> None:
-        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_PackedLinear":
+        """Moves go to all tensors, casts to the bias alone: codes and scales in another dtype would be others."""
+        codes, scales = self.codes, self.scales
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            if tensor is not codes and tensor is not scales:
+                return fn(tensor)
+            integers = tensor.view(torch.int16) if tensor is scales else tensor
+            moved = fn(integers)
+            if moved.dtype != integers.dtype:  # `nn.Module.type` casts integers too
+                moved = integers.to(moved.device)
+            return moved.view(tensor.dtype)
+
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if _computes_in(dtype):
+            self.dtype = dtype
+        moved: _PackedLinear = super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+    def _check_input(self, x: "Tensor | Tokens") -> None:
+        if not x.dtype.is_floating_point or x.shape[-1:] != (self.in_features,):
             raise TensorError(
                 f"{self}: the input must be floating-point with width {self.in_features}; got {x.dtype} of shape "
                 f"{tuple(x.shape)}"
             )
+        if self.codes.is_meta and x.device.type != "meta":
+            raise ModelError(f"{self} has no weights (it is on the meta device): load them first")
+
+    def extra_repr(self) -> str:
+        """Shape, bits and code."""
+        return f"{super().extra_repr()}, {self.spec.label}, {self.spec.weight.key}"
 
 
-def _empty(rows: int, dim: int, bits: int, scales: tuple[int, ...], device) -> QuantizedWeight:
-    codes = torch.empty(rows, packed_width(dim, bits), dtype=torch.uint8, device=device)
-    return QuantizedWeight(codes, torch.empty(scales, dtype=torch.bfloat16, device=device))
+def _computes_in(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 class OrbitLinear(_PackedLinear):
-    """A linear layer with `weight_bits` codes and one bf16 scale a row, on activations of `activation_bits`.
-
-    The codes are those of a trellis of 2^`states` states (see `trellis`), or scalar ones if `states` is 0. `scale` says
-    what the scales hold (see `quantize`). So many consecutive tokens as `mean_tokens` share a mean that is multiplied
-    apart (see `kernels.centring`), for inputs of three dimensions and more; 0 leaves tokens as they are.
+    """A linear layer of packed codes with one bf16 scale a row, on quantized tokens, as its `spec` says.
 
     Made by `from_linear`, or empty (to load a state dict into) by the constructor. `forward` takes (..., in) in fp32,
-    bf16 or fp16 and gives (..., out) in the same dtype; it raises TensorError for other inputs. bf16 and fp16 run
-    on the grid of the device (see `kernels.choose`) or on `grid`, if that is set. fp32 inputs, and what no grid takes,
-    run exactly: the product multiplies the centroids, in fp32 or rounded once to the input's dtype.
+    bf16 or fp16 and gives (..., out) in the same dtype; it raises TensorError for other inputs, ModelError where it is
+    on the meta device. Tokens are centred for inputs of three dimensions and more. bf16 and fp16 run on the grid of
+    the device (see `ops.choose`) or on `grid`, if that is set. fp32 inputs, and what no grid takes, run exactly: the
+    product multiplies the centroids, in fp32 or rounded once to the input's dtype.
     """
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        spec: LayerSpec,
         bias: Tensor | None = None,
-        *,
-        weight_bits: int,
-        activation_bits: int,
-        states: int = 0,
-        scale: str = "norm",
-        mean_tokens: int = 0,
-        seed: int = 0,
         quantized: QuantizedWeight | None = None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        if activation_bits not in ACTIVATION_BITS:
-            allowed = ", ".join(map(str, ACTIVATION_BITS))
-            raise ConfigError(f"activation_bits={activation_bits!r} is not supported; choose one of {allowed}")
-        if states:
-            trellis.check(weight_bits, states)
-        quantized = quantized or _empty(out_features, in_features, weight_bits, (out_features,), device)
-        super().__init__(in_features, out_features, bias, quantized)
-        self.weight_bits, self.activation_bits, self.seed = weight_bits, activation_bits, seed
-        self.states, self.gain = states, token_gain(in_features, activation_bits, scale)
-        # the rows' scales make good for what codes of activation_bits lose, and codes of means lose less
-        self.mean_tokens, self.mean_gain = mean_tokens, token_gain(in_features, MEAN_BITS, scale) / self.gain
-        self.fits = kernels.fits((in_features, out_features), (weight_bits, activation_bits))
-        self.grid: int | None = None
-        self.resident = False
-        self.shared_input: SharedInput | None = None
-        self.shared_place = 0
-        # Kept as integers: a model that is cast to another dtype must leave them alone.
-        self.register_buffer("resident_values", None, persistent=False)
-        self.register_buffer("resident_scales", None, persistent=False)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        weight_bits: int,
-        activation_bits: int,
-        seed: int = 0,
-        name: str = "weight",
-        *,
-        states: int = 0,
-        scale: str = "norm",
-        mean_tokens: int = 0,
-    ) -> "OrbitLinear":
-        """Quantize `linear`, on its device; its bias is shared. Arguments and errors are those of `quantize_weight`."""
-        coding: Any = {"activation_bits": activation_bits, "states": states, "scale": scale}
-        quantized = quantize_weight(linear.weight, weight_bits, seed, name, **coding)
-        own: Any = {"weight_bits": weight_bits, "mean_tokens": mean_tokens, "seed": seed, "quantized": quantized}
-        return cls(linear.in_features, linear.out_features, linear.bias, **own, **coding)
+        super().__init__(spec, bias, quantized, device, dtype)
+        self.has_kernel = has_kernel(spec)
+        self.mean_spec = replace(spec, tokens=TokenCode(MEAN_BITS))
+        self.mean_key, self.mean_gain = self.mean_spec.key, mean_gain(spec)
+        self.grid: str | None = None
+        self.cache_decoded = False
+        self.siblings: Siblings | None = None
+        self.place = 0
+        self._decoded: Decoded | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Outputs (..., out) for `x` (..., in), which may be `Tokens`."""
+        if isinstance(x, TokensTensor):
+            return self._of_deferred(x.tokens)
+        if isinstance(x, Deferred):
+            return self._of_deferred(x)
         self._check_input(x)
         if torch.is_grad_enabled() and x.requires_grad:
             with torch.autocast(x.device.type, enabled=False):
-                return self._exactly(exact_linear, x, self.seed)
+                return self._exactly(exact_linear, x, self.spec, self.mean_spec)
         grid = self.grid_for(x)
         if grid == EXACT:
-            return self._exactly(ops.exact_linear, x, kernels.signed(self.seed))
-        shared = self.shared_input
-        if shared is not None and shared.members[self.shared_place] is self:  # else this is a shallow copy
-            return shared.output(self.shared_place, x, grid)
-        return _project((self,), x, grid)[0]
+            return self._exactly(ops.exact_linear, x, self.key, self.mean_key)
+        return project((self,), x, grid)[0]
 
-    def _exactly(self, linear: Callable[..., Tensor], x: Tensor, seed: int) -> Tensor:
-        """The outputs for `x` (..., in) by `linear`, which is `reference.exact_linear` or the op."""
+    def _of_deferred(self, x: Deferred) -> Tensor:
+        if not isinstance(x, Tokens):
+            return self.forward(x.tensor())
+        self._check_input(x)
+        step = self._step(x)
+        if step is None:
+            x.tensor()
+            step = x.source, "", ()
+        source, prologue, prologue_args = step
+        grid = self.grid_for(source)
+        if grid == EXACT or (torch.is_grad_enabled() and source.requires_grad):
+            return self.forward(source)
+        siblings = self.siblings
+        for entry in x.outputs():
+            if entry.siblings is siblings and entry.grid == grid:
+                output: Tensor | None = entry.outputs[self.place]
+                entry.outputs[self.place] = None  # the caller's own, to write to
+                if output is not None and entry.stamps[self.place].fits(self.codes, self.scales, self.bias):
+                    return output
+                siblings = None  # called twice, or changed since: alone this time
+        together = self._together(siblings, source, grid)
+        outputs = project(together, source, grid, prologue, prologue_args)
+        if siblings is None or len(together) == 1:
+            return outputs[0]
+        left: list[Tensor | None] = list(outputs)
+        left[self.place] = None
+        stamps = [Stamp(layer.codes, layer.scales, layer.bias) for layer in together]
+        x.memo.append(Outputs(siblings, grid, left, stamps))
+        return outputs[self.place]
 
-        def product(tokens: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-            return linear(tokens, self.codes, self.scales, bias, self.weight_bits, bits, seed, self.states)
+    def _together(self, siblings: Siblings | None, x: Tensor, grid: str) -> "tuple[OrbitLinear, ...]":
+        """The layers whose outputs are computed now: all siblings where they can be, else this one."""
+        layers = () if siblings is None else siblings.layers()
+        if not layers or layers[self.place] is not self:  # the latter in a shallow copy
+            return (self,)
+        for layer in layers:
+            if layer.codes.device != x.device or layer.grid_for(x) != grid or is_offloaded(layer):
+                return (self,)
+        return layers
 
-        tokens, each = x.reshape(-1, self.in_features), kernels.mean_tokens(x, self.mean_tokens)
-        if each:
-            count, means = x.shape[-2], centring.token_means(x, each)
-            y = product(centring.less_means(tokens, means, count, each), self.bias, self.activation_bits)
-            y = centring.add_means(y, product(means, None, MEAN_BITS) * self.mean_gain, count, each)
+    def _step(self, x: Tokens) -> tuple[Tensor, str, tuple[Tensor, ...]] | None:
+        """What the kernel makes of pending tokens on the way: source, prologue and arguments. None where it can't."""
+        if not x.prologue:
+            return x.source, "", ()
+        tokens, args = self.spec.tokens, x.prologue_args
+        if not fuses(x) or tokens is None or is_offloaded(self) or not self.has_kernel:
+            return None
+        if group_size_for(x.source, tokens.group_size) is not None:  # means are of what is encoded
+            return None
+        if choose(self.grid, x.device, x.dtype) == EXACT:
+            return None
+        source = x.source.to(x.dtype)
+        if x.prologue in ("layer_norm", "rms_norm"):
+            if len(args) not in ((2,) if x.prologue == "layer_norm" else (1, 2)):
+                return None
+            norm, *modulation = args if x.prologue == "rms_norm" else (None, *args)
+            rows = [_without_one(modulation[0]), *map(_row, modulation[1:])] if modulation else []
+            rows = [row.to(source.dtype) for row in rows]  # here, where a compiler sees it
+            args = tuple(rows) if norm is None else (norm.view(1, -1), *rows)
+        for arg in args:
+            if arg.device != source.device:
+                return None
+        return source, x.prologue, args
+
+    def _exactly(self, product: Callable[..., Tensor], x: Tensor, layer: Any, of_means: Any) -> Tensor:
+        """The outputs for `x` (..., in) by `product`: the reference, which takes specs, or the op, which takes keys."""
+        tokens = x.reshape(-1, self.in_features)
+        size = None if self.spec.tokens is None else group_size_for(x, self.spec.tokens.group_size)
+        if size is None:
+            y = product(tokens, self.codes, self.scales, self.bias, layer)
         else:
-            y = product(tokens, self.bias, self.activation_bits)
+            count, means = x.shape[-2], token_means(x, size)
+            y = product(less_means(tokens, means, count, size), self.codes, self.scales, self.bias, layer)
+            apart = product(means, self.codes, self.scales, None, of_means) * self.mean_gain
+            y = add_means(y, apart, count, size)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def grid_for(self, x: Tensor) -> int:
+    def grid_for(self, x: Tensor) -> str:
         """The grid that the layer runs on for inputs like `x`."""
-        return kernels.choose(self.grid, x.device, x.dtype) if self.fits else EXACT
+        return choose(self.grid, x.device, x.dtype) if self.has_kernel else EXACT
 
-    def after(self, before: str, x: Tensor, *extras: Tensor) -> Tensor:
-        """The layer's output for what `reference.apply_before` makes of `x`, on a grid; gradients do not flow."""
-        return _project((self,), x, self.grid_for(x), before, extras)[0]
+    def operands(self, grid: str) -> tuple[Tensor, Tensor]:
+        """What the op takes as a weight: codes and scales, or what was decoded of them.
 
-    def operands(self, grid: int) -> tuple[Tensor, Tensor]:
-        """What `ops.project` takes as a weight: codes and scales, or what was decoded of them."""
-        if not self.resident or self.resident_values is None or self.resident_scales is None:
-            return self.codes, self.scales
-        return self.resident_values.view(kernels.dtype_of(grid)), self.resident_scales.view(torch.float32)
+        Compiled code decodes each time: it cannot see that a parameter was written to since.
+        """
+        codes, scales = self.codes, self.scales
+        if not self.cache_decoded or torch.compiler.is_compiling():
+            return codes, scales
+        kept = self._decoded
+        current = kept is not None and kept.stamp.fits(codes, scales) and kept.values.device == codes.device
+        if kept is None or not current or kept.grid != grid:
+            values, row_scales = ops.decode(codes, scales, Projection.key_of((self.key,), grid))
+            self._decoded = kept = Decoded(Stamp(codes, scales), grid, values, row_scales)
+        return kept.values, kept.row_scales
 
-    def set_grid(self, grid: int | None, resident: bool) -> None:
-        """Force a grid, or None for the device's own; `resident` keeps the decoded weight, a byte each, in memory."""
-        self.grid = grid
-        self.resident_values = self.resident_scales = None
-        chosen = kernels.choose(grid, self.codes.device, torch.bfloat16) if self.fits else EXACT
-        self.resident = resident and chosen != EXACT
-        if self.resident:
-            self.grid = chosen  # values of one grid mean nothing on that of the next device
-            bits, dim = self.weight_bits, self.in_features
-            values, scales = ops.decode(self.codes, self.scales, bits, dim, chosen, self.states)
-            self.resident_values, self.resident_scales = values.view(torch.uint8), scales.view(torch.int32)
+    def set_grid(self, grid: str | None, cache_decoded: bool) -> None:
+        """Force a grid, or None for the device's own; `cache_decoded` keeps the decoded weight, a byte each."""
+        self.grid, self.cache_decoded, self._decoded = grid, cache_decoded, None
 
-    def dequantize(self) -> Tensor:
-        packed = QuantizedWeight(self.codes, self.scales)
-        return dequantize_weight(packed, self.weight_bits, self.in_features, self.seed, self.states, self.gain)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_PackedLinear":
+        self._decoded = None
+        return super()._apply(fn, recurse)
 
-    def extra_repr(self) -> str:
-        codes = f", trellis 2^{self.states}" if self.states else ""
-        codes += ", centred" if self.mean_tokens else ""
-        return f"{super().extra_repr()}, W{self.weight_bits}A{self.activation_bits}{codes}"
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoded": None}
 
 
 class Int4Linear(_PackedLinear):
     """A weight-only INT4 layer in groups of 64 inputs, for AdaLN modulation; the activations stay as they are.
 
-    Made and loaded as `OrbitLinear`; raises TensorError for inputs that are not floating-point (..., in).
+    Made and loaded as `OrbitLinear`; raises as it does for inputs that are not floating-point (..., in).
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: Tensor | None = None,
-        *,
-        quantized: QuantizedWeight | None = None,
-        device: torch.device | str | None = None,
-    ):
-        groups = -(-in_features // GROUP)
-        quantized = quantized or _empty(out_features, in_features, 4, (out_features, groups), device)
-        super().__init__(in_features, out_features, bias, quantized)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, name: str = "weight") -> "Int4Linear":
-        """Quantize `linear`, on its device; its bias is shared. Raises as `quantize_int4` does."""
-        quantized = quantize_int4(linear.weight, name)
-        return cls(linear.in_features, linear.out_features, linear.bias, quantized=quantized)
-
     def forward(self, x: Tensor) -> Tensor:
+        """Outputs (..., out) for `x` (..., in); a `Modulation` for a `Modulation`."""
+        if isinstance(x, Deferred):
+            made = self.forward(x.tensor())
+            return Modulation(made) if isinstance(x, Modulation) else made
         self._check_input(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return int4_linear(x, self.codes, self.scales, self.bias)
-        return ops.int4_linear(x, self.codes, self.scales, self.bias)
+        y: Tensor = ops.int4_linear(x, self.codes, self.scales, self.bias)
+        return y
 
-    def dequantize(self) -> Tensor:
-        return dequantize_int4(QuantizedWeight(self.codes, self.scales), self.in_features)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, INT4"
+def layer_class(spec: LayerSpec) -> type[OrbitLinear] | type[Int4Linear]:
+    """The class of a layer's module."""
+    return Int4Linear if spec.weight.codebook == INT4 else OrbitLinear
+
+
+def project(
+    layers: Sequence[OrbitLinear], x: Tensor, grid: str, prologue: str = "", prologue_args: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """The outputs of `layers`, which encode alike, for `x` (..., dim) after `prologue`: views of one tensor."""
+    operands: list[Tensor | None] = []
+    keys = []
+    for layer in layers:
+        operands += *layer.operands(grid), layer.bias
+        keys.append(layer.key)
+    y = run_linear(x, prologue_args, operands, Projection.key_of(keys, grid, prologue))
+    return (y,) if len(layers) == 1 else y.split([layer.out_features for layer in layers], dim=-1)
+
+
+def fuses(x: Tokens) -> bool:
+    """Whether kernels take pending steps on this device, and no gradients are asked for, which they would cut off."""
+    return x.is_cuda and not torch.is_grad_enabled()
+
+
+def _without_one(scale: Any) -> Tensor:
+    """AdaLN's scale as a row for each sample, less the 1 that the kernel adds."""
+    if isinstance(scale, Modulation):
+        return _flat_rows(scale.source) if scale.plus_one else _flat_rows(scale.source) - 1
+    return _flat_rows(scale) - 1
+
+
+def _row(shift: Any) -> Tensor:
+    return _flat_rows(shift.tensor() if isinstance(shift, Modulation) else shift)
+
+
+def _flat_rows(rows: Tensor) -> Tensor:
+    """(samples, 1, ..., dim) as (samples, dim)."""
+    return rows.flatten(0, -2)

@@ -47,7 +47,7 @@ def ssim(pictures: np.ndarray, reference: np.ndarray, device: str = "cpu") -> fl
         c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
         same = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
         total += float((same / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean((1, 2, 3)).sum())
-    return total / (len(pictures) * pictures.shape[3])
+    return float(total / (len(pictures) * pictures.shape[3]))
 
 
 def _check(pictures: np.ndarray, reference: np.ndarray) -> None:

@@ -5,7 +5,6 @@
 model's layer names and shapes and the configuration (see `policy`), whichever way a model is quantized.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import nn
 
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import ConfigError, ModelError
-from orbitdit.families import FAMILIES
-from orbitdit.fusion import fuse_blocks, unfuse_blocks
-from orbitdit.kernels import EXACT, GRIDS, device_grids
-from orbitdit.linear import Int4Linear, OrbitLinear, share_inputs
+from orbitdit.fusion import Places, connect, disconnect, places
+from orbitdit.grids import EXACT, GRIDS
+from orbitdit.linear import Int4Linear, OrbitLinear, layer_class
+from orbitdit.ops import device_grids
 from orbitdit.policy import Layer, LayerPlan, Plan, build_plan
 from orbitdit.quantize import check_weight
 
@@ -68,64 +67,52 @@ def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True)
         console = Console(stderr=True)
         title = f"Quantizing to {config.label}"
         rows = track(todo, title, console=console, transient=True, disable=not console.is_terminal)
+    where = places(model)
     for row in rows:
-        replace_module(model, row.name, quantize_layer(linear_named(model, row.name), row, config.seed))
-    connect_layers(model)
-    _tell_diffusers(model, config)
+        replace_module(model, row.name, quantize_layer(linear_named(model, row.name), row), where)
+    connect(model)
+    _tell_diffusers(model, found.recorded)
     return found
 
 
-def set_grid_(model: nn.Module, grid: str = "auto", resident: bool = False) -> nn.Module:
+def set_grid_(model: nn.Module, grid: str = "auto", cache_decoded: bool = False, resident: bool = False) -> nn.Module:
     """Choose, in place, the number grid that quantized layers multiply on, and return the model.
 
     "auto" is the fastest of the device: "e4m3" on CUDA devices of compute capability 8.9 and newer, "int8" on 8.0 and
-    newer and on CPUs that multiply it, else "exact", which multiplies the centroids themselves. `resident` keeps the
-    weights decoded on the grid, a byte each, beside the codes: more memory, and a little less time except where layers
-    share their input, whose products are then made one by one; the grid then stays that of the device that the model
-    is on. Nothing of this is saved with the model. Raises ConfigError for a grid that is unknown, or that the model's
-    device does not multiply.
+    newer and on CPUs that multiply it, else "exact", which multiplies the centroids themselves. `cache_decoded` keeps
+    the weights decoded on the grid, a byte each, beside the codes: more memory, and a little less time in eager mode
+    except where layers share their input, whose products are then made one by one. Compiled code decodes each time.
+    What is kept is made anew when codes or scales change, as far as torch counts it: writes through `.data` and in
+    inference mode are not counted; call `set_grid_` again after them. `resident` is the old name of `cache_decoded`.
+    Nothing of this is saved with the model. Raises ConfigError for a grid that is unknown, or that the model's device
+    does not multiply.
     """
-    if grid != "auto" and grid not in GRIDS:
-        raise ConfigError(f"grid {grid!r} is unknown; choose auto, {', '.join(GRIDS)}")
-    number = None if grid == "auto" else GRIDS[grid]
+    if grid not in ("auto", EXACT, *GRIDS):
+        raise ConfigError(f"grid {grid!r} is unknown; choose auto, {EXACT}, {', '.join(GRIDS)}")
     layers = [layer for _, layer in packed_layers(model) if isinstance(layer, OrbitLinear)]
-    for device in {layer.codes.device for layer in layers if number not in (None, EXACT)}:
+    for device in {layer.codes.device for layer in layers if grid in GRIDS}:
         if grid not in device_grids(device):
             raise ConfigError(f"{device} does not multiply {grid}; choose auto, {', '.join(device_grids(device))}")
     for layer in layers:
-        layer.set_grid(number, resident)
+        layer.set_grid(None if grid == "auto" else grid, cache_decoded or resident)
     return model
-
-
-def connect_layers(model: nn.Module) -> None:
-    """What quantized layers do together: share the encoding of a common input, and compute what precedes them."""
-    share_model_inputs(model)
-    fuse_blocks(model)
-
-
-def share_model_inputs(model: nn.Module) -> None:
-    """Let the quantized layers of each block that take the same tensor encode it once (see `families`)."""
-    packed = {name: layer for name, layer in packed_layers(model) if isinstance(layer, OrbitLinear)}
-    family = FAMILIES.get(type(model).__name__)
-    for names in family.shared if family else ():
-        for block in {name.removesuffix(part) for part in names for name in packed if name.endswith(f".{part}")}:
-            share_inputs(packed[block + part] for part in names if block + part in packed)
 
 
 @torch.no_grad()
 def dequantize_(model: nn.Module) -> nn.Module:
     """Turn the quantized layers of `model` back into `nn.Linear`, in place, and return it.
 
-    Weights become what the codes stand for, in the dtype of the model's other parameters: the quantization
+    Weights become what the codes stand for, in the dtype of a diffusers model or else of each layer: the quantization
     error stays. Raises ModelError when the model is not quantized.
     """
     packed = dict(packed_layers(model))
     if not packed:
         raise ModelError(f"{type(model).__name__} is not quantized: there is nothing to undo")
-    dtype = _compute_dtype(model, packed)
+    where, dtype = places(model), getattr(model, "dtype", None)
     for name, layer in packed.items():
-        replace_module(model, name, layer.to_linear(dtype))
-    unfuse_blocks(model)
+        linear = layer.to_linear(dtype if isinstance(dtype, torch.dtype) else layer.dtype)
+        replace_module(model, name, linear, where)
+    disconnect(model)
     _tell_diffusers(model, None)
     return model
 
@@ -142,50 +129,40 @@ def linear_named(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def quantize_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | Int4Linear:
+def quantize_layer(linear: nn.Linear, row: LayerPlan) -> OrbitLinear | Int4Linear:
     """The quantized layer that `row` asks for."""
-    name = f"{row.name}.weight"
-    if row.action == "int4":
-        return Int4Linear.from_linear(linear, name)
-    bits = row.weight_bits, row.activation_bits
-    coding: Any = {"states": row.states, "scale": row.scale, "mean_tokens": row.mean_tokens}
-    return OrbitLinear.from_linear(linear, *bits, seed, name, **coding)
+    assert row.spec is not None
+    layer: OrbitLinear | Int4Linear = layer_class(row.spec).from_linear(linear, row.spec, f"{row.name}.weight")
+    return layer
 
 
-def empty_layer(linear: nn.Linear, row: LayerPlan, seed: int) -> OrbitLinear | Int4Linear:
+def empty_layer(linear: nn.Linear, row: LayerPlan) -> OrbitLinear | Int4Linear:
     """A layer as `quantize_layer` makes, without values, on the device of `linear`: to load a checkpoint into."""
-    size, device = (row.in_features, row.out_features, linear.bias), linear.weight.device
-    if row.action == "int4":
-        return Int4Linear(*size, device=device)
-    return OrbitLinear(
-        *size,
-        weight_bits=row.weight_bits,
-        activation_bits=row.activation_bits,
-        states=row.states,
-        scale=row.scale,
-        mean_tokens=row.mean_tokens,
-        seed=seed,
-        device=device,
-    )
+    assert row.spec is not None
+    return layer_class(row.spec)(row.spec, linear.bias, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place that `name` names; train or eval mode is carried over."""
-    parent, _, leaf = name.rpartition(".")
+def replace_module(model: nn.Module, name: str, module: nn.Module, where: Places | None = None) -> None:
+    """Put `module` in the place that `name` names, and in all others of the module that was there (`where` is
+    `places(model)`, for many calls); train or eval mode is carried over."""
     module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), leaf, module)
+    for parent, leaf in (places(model) if where is None else where)[name]:
+        setattr(parent, leaf, module)
 
 
-def _compute_dtype(model: nn.Module, packed: dict[str, OrbitLinear | Int4Linear]) -> torch.dtype:
-    """What a diffusers model says of itself, else the dtype of most parameters outside `packed`, else bf16."""
-    if isinstance(getattr(model, "dtype", None), torch.dtype):
-        return model.dtype  # type: ignore[return-value]
-    inside = {id(p) for layer in packed.values() for p in (layer.codes, layer.scales)}
-    count: Counter[torch.dtype] = Counter()
-    for p in model.parameters():
-        if p.is_floating_point() and id(p) not in inside:
-            count[p.dtype] += p.numel()
-    return count.most_common(1)[0][0] if count else torch.bfloat16
+def refuse_fusing(model: Any) -> None:
+    """Let the `fuse_lora` of a diffusers model raise before it does anything: it changes layer after layer, and would
+    stop half-way, at the first that is packed."""
+    if hasattr(model, "fuse_lora"):
+        model.fuse_lora = cannot_fuse
+
+
+def cannot_fuse(*args: Any, **kwargs: Any) -> None:
+    """What a quantized model has as `fuse_lora`. Raises ModelError."""
+    raise ModelError(
+        "LoRAs cannot be fused: weights are packed and cannot be written to. Keep them as adapters, or fuse them into "
+        "the full-precision model and quantize that"
+    )
 
 
 def _tell_diffusers(model: Any, config: OrbitQuantConfig | None) -> None:
@@ -196,7 +173,9 @@ def _tell_diffusers(model: Any, config: OrbitQuantConfig | None) -> None:
     if config is not None:
         model.register_to_config(quantization_config=config)
         model.quantization_method = config.quant_method
+        refuse_fusing(model)
     else:  # there is no public way to take an entry out
         entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(entries)
         model.hf_quantizer = None
+        model.__dict__.pop("fuse_lora", None)

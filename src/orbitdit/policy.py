@@ -8,8 +8,8 @@ Source: OrbitQuant, arXiv 2607.02461 (which layers), diffusers' module names.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from orbitdit.errors import ConfigError
 from orbitdit.families import BLOCK, FAMILIES, GATE, OUTSIDE, Rule
 from orbitdit.families import MODULATION as _MODULATION
 from orbitdit.packing import GROUP, packed_width
+from orbitdit.spec import INT4, LayerSpec, WeightCode
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 _EMBEDDER = re.compile(r"embed|(^|[._])emb([._]|$)")
@@ -42,25 +43,22 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's fate: `action` is "quantize", "int4" or "keep". Bytes count weight, scales and bias.
-
-    Quantized weights are trellis codes of 2^`states` states, or scalar ones if that is 0, with the `scale` that
-    `OrbitQuantConfig` names, and `mean_tokens` tokens share a mean; other layers have 0, "" and 0.
-    """
+    """One layer's fate: `spec` is what it becomes, None if it is kept. Bytes count weight, scales and bias."""
 
     name: str
     in_features: int
     out_features: int
-    action: str
-    weight_bits: int
-    activation_bits: int
-    states: int
-    scale: str
-    mean_tokens: int
-    block_size: int
+    spec: LayerSpec | None
     reason: str
     bytes_before: int
     bytes_after: int
+
+    @property
+    def action(self) -> str:
+        """ "quantize", "int4" or "keep"."""
+        if self.spec is None:
+            return "keep"
+        return "int4" if self.spec.weight.codebook == INT4 else "quantize"
 
     @property
     def weights(self) -> int:
@@ -68,18 +66,24 @@ class LayerPlan:
         return self.in_features * self.out_features
 
     @property
+    def block_size(self) -> int:
+        """h, the size of the rotation's Hadamard blocks."""
+        return self.in_features & -self.in_features
+
+    @property
     def label(self) -> str:
         """The fate in a word: "W4A4", "INT4" or "kept"."""
-        named = {"int4": "INT4", "keep": "kept"}
-        return named.get(self.action, f"W{self.weight_bits}A{self.activation_bits}")
+        return "kept" if self.spec is None else self.spec.label
 
     @property
     def coding(self) -> str:
         """How a quantized layer is coded: "trellis 2^12, unbiased, centred by 16" or "scalar, norm"; else empty."""
-        if self.action != "quantize":
+        if self.spec is None or self.action == "int4":
             return ""
-        centred = f", centred by {self.mean_tokens}" if self.mean_tokens else ""
-        return f"{f'trellis 2^{self.states}' if self.states else 'scalar'}, {self.scale}{centred}"
+        code, tokens = self.spec.weight, self.spec.tokens
+        states = "" if code.log2_states is None else f" 2^{code.log2_states}"
+        centred = "" if tokens is None or tokens.group_size is None else f", centred by {tokens.group_size}"
+        return f"{code.codebook}{states}, {code.scale}{centred}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class Plan:
         return quantized, int4, kept
 
     @property
+    def recorded(self) -> OrbitQuantConfig:
+        """The configuration with a record of what each layer becomes, as a quantized model has it."""
+        return replace(self.config, layers=tuple((row.name, row.spec.key) for row in self.layers if row.spec))
+
+    @property
     def bytes_before(self) -> int:
         """Bytes of all changed layers (quantized and INT4) before."""
         return sum(row.bytes_before for row in self.select("quantize", "int4"))
@@ -117,19 +126,19 @@ class Plan:
 
     def groups(self) -> list[tuple[str, int, LayerPlan]]:
         """Rows that differ in block numbers alone, as (pattern, how many, one of them)."""
-        found: dict[tuple, list[LayerPlan]] = {}
+        found: dict[tuple[object, ...], list[LayerPlan]] = {}
         for row in self.layers:
             pattern = re.sub(r"\.\d+(?=\.)", ".*", row.name, count=1)
-            shape = (row.in_features, row.out_features, row.label, row.reason)
-            found.setdefault((pattern, *shape), []).append(row)
-        return [(key[0] if len(rows) > 1 else rows[0].name, len(rows), rows[0]) for key, rows in found.items()]
+            key = (pattern, row.in_features, row.out_features, row.label, row.reason)
+            found.setdefault(key, []).append(row)
+        return [(str(key[0]) if len(rows) > 1 else rows[0].name, len(rows), rows[0]) for key, rows in found.items()]
 
 
 def effective_bits(layers: Iterable[LayerPlan]) -> float:
     """Stored bits (codes and scales) per weight of the quantized layers, or of the INT4 ones if there are no others."""
     rows = list(layers)
     chosen = [r for r in rows if r.action == "quantize"] or [r for r in rows if r.action == "int4"]
-    stored = sum(_coded_size(r.action, r.weight_bits, r.out_features, r.in_features) for r in chosen)
+    stored = sum(coded_size(r.spec) for r in chosen if r.spec is not None)
     return 8 * stored / max(1, sum(r.weights for r in chosen))
 
 
@@ -152,34 +161,55 @@ def build_plan(model: str, layers: Iterable[Layer], config: OrbitQuantConfig) ->
     return Plan(model, config, tuple(rows))
 
 
+def as_stored(plan: Plan, stored: Mapping[str, bool]) -> Plan:
+    """The plan of a model whose packed layers are `stored`: names, and whether each is INT4.
+
+    What the configuration records of each layer counts; without a record (up to format version 4) what is stored does,
+    whatever the rules say today. Raises ConfigError for a packed layer that the record does not have, or has in another
+    shape.
+    """
+    recorded = {name: LayerSpec.parse(key) for name, key in plan.config.layers}
+    rows = []
+    for row in plan.layers:
+        shape, spec = (row.in_features, row.out_features), row.spec
+        if plan.config.layers:
+            spec = recorded.get(row.name)
+            if spec is None and row.name in stored:
+                raise ConfigError(f"the configuration has no record of the packed layer {row.name!r}: it is damaged")
+            if spec is not None and (spec.in_features, spec.out_features) != shape:
+                raise ConfigError(f"the configuration records {row.name!r} as {spec.key!r}; its shape is {shape}")
+        elif row.name not in stored:
+            spec = None
+        elif stored[row.name]:
+            spec = LayerSpec(*shape, WeightCode(INT4, 4), None, None)
+        elif spec is None or row.action == "int4":
+            spec = plan.config.layer(shape)
+        rows.append(row if spec == row.spec else replace(row, spec=spec, reason="as stored"))
+    return replace(plan, layers=tuple(rows))
+
+
 def _decide(layer: Layer, rules: Sequence[Rule], config: OrbitQuantConfig) -> LayerPlan:
     action, reason = next((a, r) for glob, a, r in rules if fnmatchcase(layer.name, glob))
     if not layer.plain:
         action, reason = "keep", "subclass of nn.Linear"
-    weight_bits, activation_bits = config.weight_bits, config.activation_bits
-    if action not in ("quantize", "int4", "keep"):
-        (weight_bits, activation_bits), action = parse_bits(action), "quantize"
     if reason == _MODULATION and config.modulation_bits == 16:
         action, reason = "keep", "modulation_bits=16"
+    shape = layer.in_features, layer.out_features
+    spec: LayerSpec | None = None
     if action == "int4":
-        weight_bits, activation_bits = 4, 16
-    elif action == "keep":
-        weight_bits = activation_bits = 8 * layer.itemsize
-    n, d = layer.out_features, layer.in_features
-    bias = n * layer.itemsize * layer.bias
-    before = n * d * layer.itemsize
-    after = before if action == "keep" else _coded_size(action, weight_bits, n, d)
-    coding: tuple[int, str, int] = 0, "", 0
-    if action == "quantize":
-        coding = config.states(weight_bits), config.scale, config.mean_tokens(activation_bits)
-    coded = action, weight_bits, activation_bits, *coding
-    return LayerPlan(layer.name, d, n, *coded, d & -d, reason, before + bias, after + bias)
+        spec = LayerSpec(*shape, WeightCode(INT4, 4), None, None)
+    elif action != "keep":
+        spec = config.layer(shape, None if action == "quantize" else parse_bits(action))
+    bias = layer.out_features * layer.itemsize * layer.bias
+    before = layer.out_features * layer.in_features * layer.itemsize
+    after = before if spec is None else coded_size(spec)
+    return LayerPlan(layer.name, *shape, spec, reason, before + bias, after + bias)
 
 
-def _coded_size(action: str, weight_bits: int, rows: int, dim: int) -> int:
+def coded_size(spec: LayerSpec) -> int:
     """Bytes of codes and bf16 scales."""
-    scales = -(-dim // GROUP) if action == "int4" else 1
-    return rows * (packed_width(dim, weight_bits) + 2 * scales)
+    scales = -(-spec.in_features // GROUP) if spec.weight.codebook == INT4 else 1
+    return spec.out_features * (packed_width(spec.in_features, spec.weight.bits) + 2 * scales)
 
 
 def _structural_rules(layers: Sequence[Layer]) -> list[Rule]:

@@ -1,33 +1,40 @@
 """A weight matrix to codes and scales, and back.
 
 Each row w_i is rotated, w'_i = R w_i, and divided by its norm n_i = ||w'_i||. Its codes are then the nearest centroids
-(the paper's), or those of a trellis (see `trellis`), and stand for a row w^'_i. What is stored as the row's scale, in
-bf16, is n_i ("norm", the paper's) or n_i * ||w'_i||^2 / <w'_i, w^'_i> ("unbiased-rows"). Codes of least squared error
-shrink what they stand for, by 12% at 2 bits; the unbiased scale, that of EDEN (Vargaftik et al., arXiv 2108.08842),
-undoes it: w_i times what its codes stand for is ||w_i||^2 again.
+(the paper's), or those of a trellis (see `codebooks.trellis`), and stand for a row w^'_i. What is stored as the row's
+scale, in bf16, is n_i ("norm", the paper's) or n_i * ||w'_i||^2 / <w'_i, w^'_i> ("unbiased-rows"). Codes of least
+squared error shrink what they stand for, by 12% at 2 bits; the unbiased scale, that of EDEN (Vargaftik et al., arXiv
+2108.08842), undoes it: w_i times what its codes stand for is ||w_i||^2 again.
 
-A layer's tokens are coded too, and shrink likewise, by 3.5% at 3 bits. By how much hardly differs from token to token,
-so a constant undoes that: with "unbiased" the rows' scales carry it (`token_gain`), and layers compute as before.
+A layer's tokens are coded too, and shrink likewise, by 3.5% at 3 bits. The factor hardly differs from token to token,
+so a constant undoes it: with "unbiased" the rows' scales carry it (`token_gain`), and layers compute as before.
 
-`quantize_int4` is for the modulation layers: symmetric round-to-nearest in groups of 64 inputs with scale = absmax / 7.
+INT4, for the modulation layers, is symmetric round-to-nearest in groups of 64 inputs with scale = absmax / 7.
 
 All work in fp64 (the trellis search in fp32), row block by row block, so that the same weight gives the same codes on
 every device and in every version: rounding differences practically never decide.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from orbitdit import trellis
-from orbitdit.codebook import codebook_on, kept, look_up, nearest, on_grid
-from orbitdit.config import SCALES
+from orbitdit.codebooks import CODEBOOKS, indices, points, token_gain, window
+from orbitdit.codebooks.lloyd_max import look_up, nearest
+from orbitdit.config import ACTIVATION_BITS, SCALES
 from orbitdit.errors import ConfigError, TensorError
-from orbitdit.packing import GROUP, pack, packed_width, unpack
+from orbitdit.ops import ops
+from orbitdit.ops.decode.reference import dequantize
+from orbitdit.packing import GROUP, pack, packed_width
 from orbitdit.rotation import rotation
+from orbitdit.spec import INT4, LayerSpec, WeightCode
 
-_BLOCK_ELEMENTS = 1 << 23
+TOKEN_BITS = tuple(bits for bits in ACTIVATION_BITS if bits != 16)
+"""Bits of token codes: 16 stand for tokens that are not coded."""
+_BLOCK_ELEMENTS, _LARGE_BLOCK_ELEMENTS = 1 << 20, 1 << 23
+"""Weights that are worked on at a time: 8 MB of fp64 on a CPU; a GPU, and a search, need more to be busy."""
 
 
 class QuantizedWeight(NamedTuple):
@@ -47,86 +54,79 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         raise TensorError(f"{name} holds NaN or Inf: repair the checkpoint before quantizing it")
 
 
-def quantize_weight(
-    weight: Tensor,
-    bits: int,
-    seed: int = 0,
-    name: str = "weight",
-    *,
-    states: int = 0,
-    scale: str = "norm",
-    activation_bits: int = 16,
-) -> QuantizedWeight:
-    """Codes and row scales of `weight` (rows, dim), on its device: scalar ones at 2, 3, 4, 6 or 8 bits, or trellis ones
-    with 2**`states` states (see `trellis`). The scale "unbiased" takes account of tokens of `activation_bits`.
+def check_spec(spec: LayerSpec) -> None:
+    """Raise ConfigError unless the codes, the scale and the tokens of `spec` exist."""
+    code, tokens = spec.weight, spec.tokens
+    if code.codebook == INT4:
+        return
+    if code.codebook not in CODEBOOKS:
+        raise ConfigError(f"codebook {code.codebook!r} is unknown; choose one of {', '.join(CODEBOOKS)}")
+    CODEBOOKS[code.codebook].check(code)
+    if code.scale not in SCALES:
+        raise ConfigError(f"scale={code.scale!r} is not supported; choose one of {', '.join(SCALES)}")
+    if tokens is not None and tokens.bits not in TOKEN_BITS:
+        allowed = ", ".join(map(str, TOKEN_BITS))
+        raise ConfigError(f"tokens of {tokens.bits} bits are not supported; choose one of {allowed}")
 
-    A row of zeros gets scale zero. Raises TensorError for weights that `check_weight` refuses, ConfigError for other
-    bits, states and scales; `name` is used in messages.
+
+def quantize_weight(weight: Tensor, spec: LayerSpec, name: str = "weight") -> QuantizedWeight:
+    """The codes and scales that `spec` asks for, of `weight` (out_features, in_features), on its device.
+
+    A row of zeros gets scale zero. Raises TensorError for weights that `check_weight` refuses and for another shape,
+    ConfigError as `check_spec` does; `name` is used in messages.
     """
     check_weight(weight, name)
-    dim = weight.shape[1]
-    gain = token_gain(dim, activation_bits, scale)
-    packed_width(dim, bits)
-    points, step = weight_points(dim, bits, states, weight.device, torch.float64)
-    boundaries = codebook_on(dim, bits, weight.device, torch.float64).boundaries
+    check_spec(spec)
+    if weight.shape != (spec.out_features, spec.in_features):
+        raise TensorError(f"{name} has shape {tuple(weight.shape)}; {spec.out_features, spec.in_features} is needed")
+    if spec.weight.codebook == INT4:
+        return quantize_int4(weight)
+    code, dim = spec.weight, spec.in_features
+    gain = token_gain(spec)
+    centroids, step = points(code, dim, weight.device, torch.float64)
+    searched = window(code) != code.bits
+    boundaries = (centroids[1:] + centroids[:-1]) / 2
 
     def encode(block: Tensor) -> QuantizedWeight:
-        rotated = rotation(dim, seed).apply(block.double())
+        rotated = rotation(dim, spec.seed or 0).apply(block.double())
         norm = rotated.norm(dim=1)
         unit = rotated / norm.where(norm > 0, 1)[:, None]
-        codes = trellis.encode((unit * dim**0.5).float(), bits, states) if states else nearest(unit, boundaries)
-        if scale != "norm":
-            projection = (unit * look_up(indices(codes, bits, states), points)).sum(1) * step
+        codes = search((unit * dim**0.5).float(), code, dim) if searched else nearest(unit, boundaries)
+        if code.scale != "norm":
+            projection = (unit * look_up(indices(codes, code), centroids)).sum(1) * step
             norm = norm * (unit.square().sum(1) / projection).where(projection > 0, 1) * gain
-        return QuantizedWeight(pack(codes, bits), norm.to(torch.bfloat16))
+        return QuantizedWeight(pack(codes, code.bits), norm.to(torch.bfloat16))
 
-    return _by_rows(encode, weight)
+    return _by_rows(encode, weight, large=searched)
 
 
-def token_gain(dim: int, activation_bits: int, scale: str) -> float:
-    """The factor in rows' scales that undoes the shrinking of tokens of width `dim`: 1 but for `scale` "unbiased".
+def search(z: Tensor, code: WeightCode, dim: int) -> Tensor:
+    """Codes (rows, dim) uint8, on the device of `z` (rows, dim) fp32, of rows whose coordinates are about N(0, 1), for
+    a codebook whose indices slide along the row.
 
-    Raises ConfigError for an unknown scale.
+    The codes are the same on every device, and a CPU takes some thousand times as long: it leaves them to a GPU if
+    there is one.
     """
-    if scale not in SCALES:
-        raise ConfigError(f"scale={scale!r} is not supported; choose one of {', '.join(SCALES)}")
-    return 1 / kept(dim, activation_bits) if scale == "unbiased" and activation_bits < 16 else 1.0
+    device = search_device(z.device)
+    table = points(code, dim, device, torch.float32)[0]
+    codes: Tensor = ops.viterbi(z.to(device), table, code.bits).to(z.device)
+    return codes
 
 
-def dequantize_weight(
-    quantized: QuantizedWeight, bits: int, dim: int, seed: int = 0, states: int = 0, gain: float = 1.0
-) -> Tensor:
-    """The weight (rows, dim) in fp32 that the codes stand for, rotated back; `gain` is `token_gain`'s."""
-    points, step = weight_points(dim, bits, states, quantized.codes.device, torch.float32)
-    rows = look_up(indices(unpack(quantized.codes, bits, dim), bits, states), points)
-    rotated = rows * (quantized.scales.float() * (step / gain))[:, None]
-    return rotation(dim, seed).inverse(rotated)
+def search_device(device: torch.device) -> torch.device:
+    """Where codes of weights on `device` are searched."""
+    if device.type == "cpu" and torch.version.cuda is not None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
-def weight_points(dim: int, bits: int, states: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """`points` in `dtype`, and `step`: a row of scale n stands for n * step * points[indices]."""
-    if states:
-        return trellis.table_on(bits, states, device, dtype), dim**-0.5
-    return codebook_on(dim, bits, device, dtype).centroids, 1.0
+def dequantize_weight(quantized: QuantizedWeight, spec: LayerSpec) -> Tensor:
+    """The weight (out_features, in_features) in fp32 that the codes stand for, rotated back."""
+    return dequantize(*quantized, spec)
 
 
-def weight_points_on(dim: int, bits: int, states: int, grid: str) -> tuple[Tensor, float]:
-    """`weight_points` on the number grid "e4m3" or "int8", fp64 on the CPU."""
-    if states:
-        values, unit = trellis.on_grid(bits, states)
-        return values, unit * dim**-0.5
-    scalar = on_grid(dim, bits, grid, False)
-    return scalar.values, scalar.scale
-
-
-def indices(codes: Tensor, bits: int, states: int) -> Tensor:
-    """Which of `weight_points` each of the unpacked `codes` (rows, dim) stands for: itself, or a window on the row."""
-    return trellis.windows(codes, bits, states) if states else codes
-
-
-def quantize_int4(weight: Tensor, name: str = "weight") -> QuantizedWeight:
-    """INT4 codes (stored plus 8) and bf16 scales (rows, groups of 64) of `weight`; raises as `quantize_weight`."""
-    check_weight(weight, name)
+def quantize_int4(weight: Tensor) -> QuantizedWeight:
+    """INT4 codes (stored plus 8) and bf16 scales (rows, groups of 64) of a finite `weight` (rows, dim)."""
     dim = weight.shape[1]
 
     def encode(block: Tensor) -> QuantizedWeight:
@@ -139,14 +139,17 @@ def quantize_int4(weight: Tensor, name: str = "weight") -> QuantizedWeight:
     return _by_rows(encode, weight)
 
 
-def dequantize_int4(quantized: QuantizedWeight, dim: int) -> Tensor:
-    """The weight (rows, dim) in fp32 that the INT4 codes stand for."""
-    scale = quantized.scales.float().repeat_interleave(GROUP, 1)[:, :dim]
-    return (unpack(quantized.codes, 4, dim).float() - 8) * scale
+def empty_weight(spec: LayerSpec, device: torch.device | str | None = None) -> QuantizedWeight:
+    """Uninitialized codes and scales of the right shapes and dtypes, to load a checkpoint into."""
+    rows, dim = spec.out_features, spec.in_features
+    scales = (rows, -(-dim // GROUP)) if spec.weight.codebook == INT4 else (rows,)
+    codes = torch.empty(rows, packed_width(dim, spec.weight.bits), dtype=torch.uint8, device=device)
+    return QuantizedWeight(codes, torch.empty(scales, dtype=torch.bfloat16, device=device))
 
 
-def _by_rows(encode, weight: Tensor) -> QuantizedWeight:
+def _by_rows(encode: Callable[[Tensor], QuantizedWeight], weight: Tensor, large: bool = False) -> QuantizedWeight:
     """`encode` over blocks of rows, to bound the memory that fp64 takes."""
-    rows = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    elements = _LARGE_BLOCK_ELEMENTS if large or weight.is_cuda else _BLOCK_ELEMENTS
+    rows = max(1, elements // max(1, weight.shape[1]))
     parts = [encode(block) for block in weight.detach().split(rows)]
     return QuantizedWeight(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from orbitdit.errors import CheckpointError
 from orbitdit.evaluate import Result
-from orbitdit.policy import Plan
+from orbitdit.policy import LayerPlan, Plan
 
 PACKAGES = ("orbitdit", "torch", "diffusers", "numpy", "scipy")
 TILE, GAP, BADGE, LABEL, ROWS, SHOWN = 112, 10, 18, 150, 12, 48
@@ -59,8 +59,30 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     quantized, int4, kept = plan.counts
     totals = {"quantized": quantized, "int4": int4, "kept": kept, "effective_bits": plan.effective_bits}
     totals |= {"bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after}
-    layers = [vars(row) for row in plan.layers]
+    layers = [layer_dict(row) for row in plan.layers]
     return {"model": plan.model, "config": plan.config.to_dict(), "totals": totals, "layers": layers}
+
+
+def layer_dict(row: LayerPlan) -> dict[str, Any]:
+    """What becomes of one layer, ready for JSON: 16 bits where weights are kept or tokens are not coded, null for what
+    a layer does not have."""
+    code, tokens = (None, None) if row.spec is None else (row.spec.weight, row.spec.tokens)
+    return {
+        "name": row.name,
+        "in_features": row.in_features,
+        "out_features": row.out_features,
+        "action": row.action,
+        "weight_bits": 16 if code is None else code.bits,
+        "activation_bits": 16 if tokens is None else tokens.bits,
+        "codebook": None if code is None else code.codebook,
+        "log2_states": None if code is None else code.log2_states,
+        "scale": None if code is None else code.scale,
+        "group_size": None if tokens is None else tokens.group_size,
+        "block_size": row.block_size,
+        "reason": row.reason,
+        "bytes_before": row.bytes_before,
+        "bytes_after": row.bytes_after,
+    }
 
 
 def results_table(results: Sequence[Result], prompts: Sequence[str]) -> Table:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from orbitdit.errors import ConfigError, TensorError
-from orbitdit.tables import shared
+from orbitdit.tables import constant
 
 
 class Rotation:
@@ -63,25 +63,26 @@ class Rotation:
         return f"Rotation(dim={self.dim}, seed={self.seed}, block_size={self.block_size})"
 
 
-@shared
+@constant
 def rotation(dim: int, seed: int = 0) -> Rotation:
     """The shared `Rotation(dim, seed)`; layers with the same input width use the same one."""
     return Rotation(dim, seed)
 
 
-@shared
+@constant
 def _tables(dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     r = rotation(dim, seed)
     return r.permutation.to(device), r.signs.to(device, dtype)
 
 
-@shared
+@constant
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The Sylvester-Hadamard matrix of order `size`, scaled to be orthogonal."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix * size**-0.5).to(device, dtype)
+    scaled: Tensor = matrix * size**-0.5
+    return scaled.to(device, dtype)
 
 
 def block_hadamard(x: Tensor, block_size: int) -> Tensor:
@@ -89,4 +90,5 @@ def block_hadamard(x: Tensor, block_size: int) -> Tensor:
     outer = 1 << (block_size.bit_length() // 2)
     inner = block_size // outer
     y = x.unflatten(-1, (-1, outer, inner)) @ _hadamard(inner, x.device, x.dtype)
-    return (_hadamard(outer, x.device, x.dtype) @ y).flatten(-3)
+    mixed: Tensor = _hadamard(outer, x.device, x.dtype) @ y
+    return mixed.flatten(-3)

@@ -1,26 +1,27 @@
-"""Tensors that are made once and shared: rotations and codebooks, by value of what they depend on."""
+"""Tensors that are made once and kept: rotations and codebooks, by value of what they depend on."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+Arguments = ParamSpec("Arguments")
 Built = TypeVar("Built")
 
 
-def shared(build: Callable[..., Built]) -> Callable[..., Built]:
-    """Cache what `build` makes, by its (hashable, positional) arguments; treat the result as constant.
+def constant(build: Callable[Arguments, Built]) -> Callable[Arguments, Built]:
+    """Keep what `build` makes, by its (hashable) arguments; treat the result as constant.
 
     It is built outside of any mode that the caller is in, such as inference_mode, export, or another default
-    device: what one caller caches must serve all the others.
+    device: what one caller causes to be made serves all the others.
     """
 
     @lru_cache(maxsize=256)
     @wraps(build)
-    def cached(*arguments):
+    def kept(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Built:
         with torch.inference_mode(False), torch.no_grad(), _disable_current_modes(), torch.device("cpu"):
-            return build(*arguments)
+            return build(*args, **kwargs)
 
-    return wraps(build)(cached)
+    return cast("Callable[Arguments, Built]", wraps(build)(kept))

@@ -1,4 +1,4 @@
-// Stands in for kernels/prelude.cu and for CUDA's own names, so that a kernel's source runs on a CPU, thread by thread.
+// Stands in for ops/prelude.cu and for CUDA's own names, so that a kernel's source runs on a CPU, thread by thread.
 //
 // Every CUDA thread is a fiber with a stack of its own; one operating-system thread runs them all. A fiber runs until
 // it meets others (a barrier, a shuffle, a tensor-core product) and hands on to the next one that can go on. Blocks

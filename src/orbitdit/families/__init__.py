@@ -4,7 +4,8 @@ A module that is put here is found by itself. Nothing here loads torch or diffus
 """
 
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 
 Rule = tuple[str, str, str]
@@ -23,12 +24,18 @@ class Family:
     `models` names their classes in diffusers. `rules` decide what becomes of a linear layer, by its full name: the
     first that matches does, and what none matches is kept. Without rules the structural rule of `policy` decides.
     `shared` has tuples of layers that take the same tensor, by their names within a block; names that a block lacks are
-    passed over.
+    passed over. Where these lie in one module of the block, that module's inputs are what they share; else it is the
+    output of `source`. `pending` names norms, activations and feed-forwards of a block whose step runs inside the
+    encoding of the layers that follow, and says which these are, in the order of their calls; `modulation_inputs` names
+    modules that begin with AdaLN's input (see `fusion`).
     """
 
     models: tuple[str, ...]
     rules: tuple[Rule, ...] = ()
     shared: tuple[tuple[str, ...], ...] = ()
+    source: str | None = None
+    pending: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    modulation_inputs: tuple[str, ...] = ()
 
 
 def blocks(*globs: str) -> tuple[Rule, ...]:

@@ -9,4 +9,5 @@ FAMILY = Family(
     models=("ChromaTransformer2DModel",),
     rules=blocks("transformer_blocks.*", "single_transformer_blocks.*"),
     shared=((*qkv("attn"), "proj_mlp"), added_qkv("attn")),
+    source="norm",
 )

@@ -20,4 +20,14 @@ FAMILY = Family(
         *blocks("transformer_blocks.*", "single_transformer_blocks.*"),
     ),
     shared=((*qkv("attn"), "proj_mlp"), added_qkv("attn")),
+    source="norm",
+    pending={
+        "norm1.norm": qkv("attn"),
+        "norm1_context.norm": added_qkv("attn"),
+        "norm2": ("ff.net.0.proj",),
+        "norm2_context": ("ff_context.net.0.proj",),
+        "norm.norm": ("proj_mlp", *qkv("attn")),
+        "act_mlp": ("proj_out",),
+    },
+    modulation_inputs=("norm1.silu", "norm1_context.silu", "norm.silu"),
 )

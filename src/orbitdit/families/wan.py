@@ -16,4 +16,5 @@ FAMILY = Family(
     ),
     rules=blocks("blocks.*", "vace_blocks.*", "face_adapter.*"),
     shared=(qkv("attn1"), kv("attn2"), ("attn2.add_k_proj", "attn2.add_v_proj")),
+    pending={"norm1": qkv("attn1"), "norm3": ("ffn.net.0.proj",)},
 )

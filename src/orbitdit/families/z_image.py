@@ -12,4 +12,10 @@ FAMILY = Family(
         *blocks("layers.*", "noise_refiner.*", "context_refiner.*", "siglip_refiner.*"),
     ),
     shared=(qkv("attention"), ("feed_forward.w1", "feed_forward.w3")),
+    pending={
+        "attention_norm1": qkv("attention"),
+        "ffn_norm1": ("feed_forward.w1", "feed_forward.w3"),
+        "feed_forward": ("feed_forward.w2",),
+    },
+    modulation_inputs=("adaLN_modulation",),
 )

@@ -6,6 +6,7 @@ planned layer stays an `nn.Linear` until its weight arrives and is quantized the
 full-precision model never exists in memory. Which of the two it is, the tensor names tell.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,20 +15,21 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from orbitdit.checkpoint import check_file
+from orbitdit.checkpoint import check_file, packed_layers_in
 from orbitdit.config import OrbitQuantConfig, QuantMethod
 from orbitdit.errors import CheckpointError, ConfigError, TensorError
+from orbitdit.fusion import Places, connect, places
 from orbitdit.linear import Int4Linear, OrbitLinear
 from orbitdit.model import (
-    connect_layers,
     dequantize_,
     empty_layer,
     linear_named,
     plan,
     quantize_layer,
+    refuse_fusing,
     replace_module,
 )
-from orbitdit.policy import LayerPlan
+from orbitdit.policy import LayerPlan, as_stored
 
 
 def register() -> None:
@@ -47,6 +49,10 @@ class OrbitQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: OrbitQuantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.rows: dict[str, LayerPlan] = {}
+        """Planned layers by each of their names: a module that is shared has several."""
+        self.places: Places = {}
+        self.stored: dict[str, bool] = {}
+        self.needed: set[str] = set()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what diffusers would do behind the quantizer's back."""
@@ -58,6 +64,7 @@ class OrbitQuantizer(DiffusersQuantizer):
         for file in checkpoint_files:
             check_file(file)
         self.pre_quantized = any(key.endswith(".codes") for key in loaded_keys)
+        self.stored = packed_layers_in(checkpoint_files) if self.pre_quantized else {}
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -65,14 +72,25 @@ class OrbitQuantizer(DiffusersQuantizer):
     ) -> None:
         if state_dict is not None:  # from_single_file shows the tensors here, and nothing before
             self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
+            scales = {key: tensor for key, tensor in state_dict.items() if key.endswith(".scales")}
+            self.stored = {key.removesuffix(".scales"): tensor.ndim == 2 for key, tensor in scales.items()}
         config = self.quantization_config
-        self.rows = {row.name: row for row in plan(model, config).select("quantize", "int4")}
+        found = plan(model, config)
+        self.needed = {row.name for row in found.select("quantize", "int4")}
         if self.pre_quantized:
-            for row in self.rows.values():
-                replace_module(model, row.name, empty_layer(linear_named(model, row.name), row, config.seed))
-        total = 0 if self.pre_quantized else len(self.rows)
+            found = as_stored(found, self.stored)
+        rows = found.select("quantize", "int4")
+        planned = {linear_named(model, row.name): row for row in rows}
+        names = model.named_modules(remove_duplicate=False)
+        self.rows = {name: planned[module] for name, module in names if module in planned}
+        self.needed -= set(self.rows)  # planned today, and not packed in this checkpoint
+        self.places = places(model)
+        if self.pre_quantized:
+            for linear, row in planned.items():
+                replace_module(model, row.name, empty_layer(linear, row), self.places)
+        total = 0 if self.pre_quantized else len(rows)
         self.progress = logging.tqdm(total=total, desc=f"Quantizing to {config.label}", disable=not total, leave=False)
-        model.register_to_config(quantization_config=config)
+        model.register_to_config(quantization_config=found.recorded)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -100,7 +118,10 @@ class OrbitQuantizer(DiffusersQuantizer):
     ) -> None:
         """Put a packed tensor in place as it is stored, or quantize an ordinary weight in its stored dtype."""
         name, _, part = param_name.rpartition(".")
-        stored, module = state_dict[param_name].to(target_device), linear_named(model, name)
+        module, row = linear_named(model, name), self.rows[name]
+        if part == "weight" and isinstance(module, OrbitLinear | Int4Linear):
+            return  # quantized under another of its names
+        stored = state_dict[param_name].to(target_device)
         if part != "weight":
             expected = getattr(module, part).dtype
             if stored.dtype != expected:
@@ -111,7 +132,9 @@ class OrbitQuantizer(DiffusersQuantizer):
         source.weight, source.bias = nn.Parameter(stored, requires_grad=False), module.bias
         try:
             with torch.no_grad():
-                replace_module(model, name, quantize_layer(source, self.rows[name], self.quantization_config.seed))
+                layer = quantize_layer(source, row)
+            layer.dtype = module.weight.dtype  # what the model is loaded in, whatever is stored
+            replace_module(model, row.name, layer, self.places)
         except BaseException:
             self.progress.close()
             raise
@@ -119,10 +142,14 @@ class OrbitQuantizer(DiffusersQuantizer):
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """A tensor that a planned layer needs and no file has is an error, not a random initialization."""
-        missing = sorted(key for key in missing_keys if key.rpartition(".")[0] in self.rows)
+        names = Counter(row.name for row in self.rows.values())
+        parts = [key.rpartition(".") for key in missing_keys]
+        absent = Counter(f"{self.rows[name].name}.{part}" for name, _, part in parts if name in self.rows)
+        missing = sorted(key for key, count in absent.items() if count == names[key.rpartition(".")[0]])
+        missing += sorted(key for key, (name, _, _) in zip(missing_keys, parts, strict=True) if name in self.needed)
         if missing:
             raise CheckpointError(f"the checkpoint has no tensor {missing[0]!r}: it is incomplete or of another model")
-        return missing_keys
+        return [key for key, (name, _, _) in zip(missing_keys, parts, strict=True) if name not in self.rows]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.progress.close()
@@ -131,7 +158,8 @@ class OrbitQuantizer(DiffusersQuantizer):
                 raise CheckpointError(
                     f"the checkpoint has no tensor '{name}.weight': it is incomplete or of another model"
                 )
-        connect_layers(model)
+        connect(model)
+        refuse_fusing(model)
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
         """For the arithmetic of an automatic `device_map`: a byte a weight, an upper bound of what is stored."""

@@ -46,7 +46,7 @@ def skeleton(folder: Path) -> nn.Module:
         raise ModelError(f"{folder} is quantized already: name the full-precision model instead")
     cls = _model_class(folder)
     with init_empty_weights(), _readable(folder):
-        model = cls.from_config(config)
+        model: nn.Module = cls.from_config(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -73,6 +73,7 @@ def load_model(
         options["quantization_config"] = config
     if device is not None:
         options["device_map"] = device
+    model: nn.Module
     with _readable(folder):
         model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
     if info["missing_keys"]:

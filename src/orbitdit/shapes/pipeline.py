@@ -72,7 +72,7 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _pictures(tokens: Tensor) -> Tensor:
     """(B, 256, 48) -> (B, 3, 64, 64), values as they are."""
-    x = tokens.unflatten(1, (GRID, GRID)).unflatten(3, (3, PATCH, PATCH))
+    x: Tensor = tokens.unflatten(1, (GRID, GRID)).unflatten(3, (3, PATCH, PATCH))
     return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, SIZE, SIZE)
 
 
@@ -108,7 +108,8 @@ def predict(transformer: Transformer, x: Tensor, sigma: Tensor, words: Tensor, p
     if not isinstance(transformer, FluxTransformer2DModel):
         return _tokens(transformer(_pictures(x), timestep=1000 * sigma, **text)[0])
     picture_ids, text_ids = position_ids(x.device)
-    return transformer(x, timestep=sigma, img_ids=picture_ids, txt_ids=text_ids, **text)[0]
+    velocity: Tensor = transformer(x, timestep=sigma, img_ids=picture_ids, txt_ids=text_ids, **text)[0]
+    return velocity
 
 
 class ShapesPipeline(DiffusionPipeline):
@@ -145,7 +146,7 @@ class ShapesPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Generate one 64x64 picture for each prompt.
 
         `latents` are initial noise tokens (B, 256, 48), see `initial_noise`; without them noise is drawn from

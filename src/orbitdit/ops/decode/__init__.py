@@ -1,0 +1,1 @@
+"""Packed codes to values on a number grid and one scale a row."""

@@ -1,0 +1,1 @@
+"""Weight-only INT4, for modulation layers."""

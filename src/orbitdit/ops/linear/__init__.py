@@ -1,0 +1,1 @@
+"""The layer: encode the tokens, decode the weights, multiply."""

@@ -1,0 +1,1 @@
+"""Tokens to values on a number grid and one scale a token: rotate, look up."""

@@ -1,0 +1,1 @@
+"""The codes of least squared error on a trellis, when a model is quantized."""
