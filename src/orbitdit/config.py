@@ -19,7 +19,7 @@ WEIGHT_BITS = (2, 3, 4, 6, 8)
 ACTIVATION_BITS = (3, 4, 6, 8, 16)
 ACTIONS = ("quantize", "int4", "keep")
 SCALES = ("unbiased", "unbiased-rows", "norm")
-CODEBOOKS = ("trellis", "scalar")
+CODEBOOKS = ("trellis", "scalar", "uniform")
 """Names of codebooks that weights can have (see `codebooks`)."""
 TRELLIS_BITS = (2, 3, 4)
 TRELLIS_STATES = (8, 10, 12)
