@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "packing": "errors",
     "codebooks.lloyd_max": "errors grids packing spec tables",
     "codebooks.trellis": "config errors grids spec tables",
+    "codebooks.uniform": "errors grids spec",
     "codebooks": "codebooks.lloyd_max codebooks.trellis grids spec tables",
     "families": "",
     "policy": "config errors families packing spec",
