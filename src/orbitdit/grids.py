@@ -41,18 +41,9 @@ def _to_int8(values: Tensor) -> Tensor:
     return values.round().clamp(-127, 127)
 
 
-def _to_e2m1(values: Tensor) -> Tensor:
-    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
-    levels = torch.cat([-levels[1:].flip(0), levels])
-    nearest = torch.bucketize(values.double(), (levels[1:] + levels[:-1]) / 2)
-    return levels[nearest]
-
-
 E4M3 = Grid("e4m3", torch.float8_e4m3fn, 448.0, _to_e4m3, tuple(np.linspace(224, 448, 65)))
 INT8 = Grid("int8", torch.int8, 127.0, _to_int8, tuple(np.arange(8, 127.5, 0.5)))
-E2M1 = Grid("e2m1", torch.float8_e4m3fn, 6.0, _to_e2m1, tuple(np.linspace(2, 6, 65)))
-"""The four-bit floating-point numbers of Blackwell's tensor cores, held in e4m3: to see what they would cost."""
-GRIDS: dict[str, Grid] = {grid.name: grid for grid in (E4M3, INT8, E2M1)}
+GRIDS: dict[str, Grid] = {grid.name: grid for grid in (E4M3, INT8)}
 """The grids by name. "exact" is no grid: see `EXACT`."""
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orbitdit.grids import E2M1, E4M3, EXACT, INT8, dtype_of
+from orbitdit.grids import E4M3, EXACT, INT8, dtype_of
 from orbitdit.ops.decode import cuda as decode_cuda
 from orbitdit.ops.decode import reference as decode_reference
 from orbitdit.ops.int4_linear import cuda as int4_cuda
@@ -64,7 +64,7 @@ device_grids._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _device_grids(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         fast = (INT8.name, EXACT) if linear_cpu.multiplies_int8() else (EXACT, INT8.name)
-        return *fast, E4M3.name, E2M1.name
+        return *fast, E4M3.name
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else (0, 0)
     grids = cuda_grids(capability)
     if grids == (EXACT,) and device.type != "meta":
