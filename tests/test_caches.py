@@ -1,6 +1,7 @@
 """Caches and other hooks of diffusers, which look blocks up by their classes, on quantized models as on plain ones."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -112,14 +113,11 @@ def used(kernels, monkeypatch):
     return counts
 
 
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-    for name in ("flux", "wan"):
-        model = FAMILIES[name].build().bfloat16()
-        orbitdit.quantize_(model, OrbitQuantConfig("w4a6", trellis_states=8), progress=False)
-        made[name] = set_grid_(model, "int8")
-    return made
+@functools.cache
+def quantized(name):
+    model = FAMILIES[name].build().bfloat16()
+    orbitdit.quantize_(model, OrbitQuantConfig("w4a6", trellis_states=8), progress=False)
+    return set_grid_(model, "int8")
 
 
 @torch.no_grad()
@@ -147,18 +145,18 @@ def baselines():
 
 
 @pytest.fixture
-def baseline(name, models, used, kernels, baselines):
+def baseline(name, used, kernels, baselines):
     """Outputs without a cache, and how often a prologue was computed for them."""
     if (name, kernels) not in baselines:
-        baselines[name, kernels] = run(name, models[name]), dict(used)
+        baselines[name, kernels] = run(name, quantized(name)), dict(used)
     used.clear()
     return baselines[name, kernels]
 
 
 @every_model
 @every_cache
-def test_a_cache_that_skips_nothing_changes_nothing(name, cache, models, baseline, used, timestep):
-    model, (expected, fused) = copy.deepcopy(models[name]), baseline
+def test_a_cache_that_skips_nothing_changes_nothing(name, cache, baseline, used, timestep):
+    model, (expected, fused) = copy.deepcopy(quantized(name)), baseline
     model.enable_cache(CACHES[cache](timestep, False))
     found = run(name, model, timestep)
     if cache in ASK_LAYERS:
@@ -175,8 +173,8 @@ def test_a_cache_that_skips_nothing_changes_nothing(name, cache, models, baselin
 
 @every_model
 @every_cache
-def test_a_cache_skips_what_it_skips_on_other_modules(name, cache, models, baseline, used, timestep):
-    model, plain, (without, fused) = copy.deepcopy(models[name]), copy.deepcopy(models[name]), baseline
+def test_a_cache_skips_what_it_skips_on_other_modules(name, cache, baseline, used, timestep):
+    model, plain, (without, fused) = copy.deepcopy(quantized(name)), copy.deepcopy(quantized(name)), baseline
     fusion.disconnect(plain)
     outputs = []
     for each in (model, plain):
@@ -192,23 +190,20 @@ def test_a_cache_skips_what_it_skips_on_other_modules(name, cache, models, basel
     assert torch.equal(run(name, model, count=1)[0], without[0])
 
 
-@every_model
-def test_every_cache_of_diffusers_is_tried(name, models):
+def test_every_cache_of_diffusers_is_tried():
     configs = {cls for cls in vars(hooks).values() if isinstance(cls, type) and cls.__name__.endswith("CacheConfig")}
     configs.add(hooks.PyramidAttentionBroadcastConfig)
     assert configs == {type(make(lambda: 0, True)) for make in CACHES.values()}
 
 
 @every_model
-@every_cache
-def test_a_model_with_a_cache_can_be_quantized(name, cache, models, timestep):
-    if cache in ASK_LAYERS:
-        pytest.skip("hooks of layers go with the layers")
+@pytest.mark.parametrize("cache", ["first block", "broadcast", "faster"])
+def test_a_model_with_a_cache_can_be_quantized(name, cache, timestep):
     model = FAMILIES[name].build().bfloat16()
     model.enable_cache(CACHES[cache](timestep, False))
     orbitdit.quantize_(model, OrbitQuantConfig("w4a6", trellis_states=8), progress=False)
     set_grid_(model, "int8")
-    expected = run(name, models[name], count=2)
+    expected = run(name, quantized(name), count=2)
     assert all(same(run(name, model, timestep, count=2), expected))
     model.disable_cache()
     assert all(same(run(name, model, count=2), expected))
@@ -216,8 +211,8 @@ def test_a_model_with_a_cache_can_be_quantized(name, cache, models, timestep):
 
 @pytest.mark.parametrize("cache", ["broadcast", "faster"])
 @every_model
-def test_hooked_attention_still_shares_its_inputs(name, cache, models, timestep):
-    model = copy.deepcopy(models[name])
+def test_hooked_attention_still_shares_its_inputs(name, cache, timestep):
+    model = copy.deepcopy(quantized(name))
     _, expected = counted(lambda: run(name, model, count=1))
     model.enable_cache(CACHES[cache](timestep, False))
     _, number = counted(lambda: run(name, model, timestep, count=1))
@@ -227,13 +222,12 @@ def test_hooked_attention_still_shares_its_inputs(name, cache, models, timestep)
 
 
 @pytest.mark.parametrize("cache", ["first block", "faster"])
-def test_compiled_blocks_with_a_cache(cache, models, timestep):
-    name, model = "wan", copy.deepcopy(models["wan"])
+def test_compiled_blocks_with_a_cache(cache, timestep):
+    name, model = "wan", copy.deepcopy(quantized("wan"))
     expected = run(name, model, count=2)
     model.enable_cache(CACHES[cache](timestep, False))
     torch._dynamo.reset()
-    for block in next(m for m in model.children() if isinstance(m, nn.ModuleList)):
-        block.compile(backend="aot_eager")
+    model.blocks[0].compile(backend="aot_eager")
     assert all(same(run(name, model, timestep, count=2), expected))
 
 
@@ -279,20 +273,17 @@ def hooked(model, hook):
 @pytest.mark.usefixtures("used")
 def test_other_hooks_do_what_they_do_on_plain_models(name, hook):
     family = FAMILIES[name]
-    model = family.build().bfloat16()
     if hook not in SUPPORTED[name]:
         with pytest.raises((AttributeError, KeyError, ValueError)):
-            family.run(hooked(model, hook))
+            family.run(hooked(family.build(), hook))
         return
-    orbitdit.quantize_(model, OrbitQuantConfig("w4a6", trellis_states=8), progress=False)
-    plain = copy.deepcopy(set_grid_(model, "int8"))
+    model, plain = copy.deepcopy(quantized(name)), copy.deepcopy(quantized(name))
     fusion.disconnect(plain)
     assert relative(family.run(hooked(model, hook)), family.run(hooked(plain, hook))) <= 0.03
 
 
 def test_a_layer_whose_hooks_are_gone_shares_again():
-    model = FAMILIES["wan"].build().bfloat16()
-    orbitdit.quantize_(model, OrbitQuantConfig("w4a6", trellis_states=8), progress=False)
+    model = copy.deepcopy(quantized("wan"))
     layer = next(layer for _, layer in packed_layers(model) if isinstance(layer, OrbitLinear))
     registry = hooks.HookRegistry.check_if_exists_or_initialize(layer)
     assert not is_offloaded(layer)

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     + "ops.rotate_encode.means ops.viterbi.cuda ops.viterbi.reference spec",
     "quantize": "codebooks codebooks.lloyd_max config errors ops ops.decode.reference packing rotation spec",
     "weight": "errors",
-    "tokens": "",
+    "tokens": "errors",
     "linear": "errors grids ops ops.int4_linear.reference ops.linear.reference ops.rotate_encode.means quantize spec "
     + "tokens weight",
     "fusion": "families linear ops.rotate_encode.reference tokens",

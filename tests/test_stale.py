@@ -1,6 +1,7 @@
 """Outputs are those of the codes, scales and bias that a layer has now, however they came there."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -28,12 +29,20 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def block(make, seed=0, bias=True):
+def new_block(make, seed):
     """Three layers that take the same tokens."""
     torch.manual_seed(seed)
-    layers = nn.ModuleList(make(nn.Linear(64, 32, bias).bfloat16()) for _ in range(3))
+    layers = nn.ModuleList(make(nn.Linear(64, 32).bfloat16()) for _ in range(3))
     share_inputs([layer for layer in layers if isinstance(layer, OrbitLinear)])
     return layers
+
+
+_block = functools.cache(new_block)
+
+
+def block(make, seed=0):
+    """As `new_block`, of layers that are quantized once for all tests."""
+    return copy.deepcopy(_block(make, seed))
 
 
 def fresh(layers):
@@ -225,6 +234,37 @@ def test_compiled_blocks_compute_with_what_they_hold_now(make, cache):
         assert_same(whole(X), outputs(fresh(whole.layers)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_pending_step_whose_input_is_written_to_says_so(fused, monkeypatch):
+    monkeypatch.setattr("orbitdit.linear.fuses", lambda x: fused)
+    layers, rows = block(orbit), random(2, 1, 64)
+    set_grid_(layers, "int8")
+    uses = [
+        lambda tokens: layers[0](tokens),
+        lambda tokens: tokens * rows,
+        lambda tokens: tokens + 1,
+        lambda tokens: tokens.to(torch.float32),
+        lambda tokens: torch.cat([rows.expand_as(X), tokens], -1),
+        lambda tokens: tokens.tensor(),
+    ]
+    for use in uses:
+        for prologue in ("gelu", "layer_norm"):
+            x = X.clone()
+            tokens = Tokens(x, lambda x=x: x * 2, prologue)
+            use(tokens)
+            tokens = Tokens(x, lambda x=x: x * 2, prologue)
+            x.mul_(2)
+            with pytest.raises(ModelError, match="written to before") as caught:
+                use(tokens)
+            assert "\n" not in str(caught.value)
+    x = X.clone()
+    tokens = Tokens(x)
+    layers[0](tokens)
+    x.mul_(2)
+    assert torch.equal(layers[1](tokens), layers[1](x))
+
+
 # What torch does not count.
 
 
@@ -236,7 +276,7 @@ def test_set_grid_makes_what_torch_does_not_count_right(make, uncounted):
     assert "inference mode" in " ".join(set_grid_.__doc__.split())
     for cached in (True, False):
         with torch.inference_mode(uncounted == "made in inference mode"):
-            layers, other = block(make), block(make, seed=1)
+            layers, other = new_block(make, 0), new_block(make, 1)
         set_grid_(layers, "int8", cache_decoded=cached)
         outputs(layers)
         with torch.inference_mode(uncounted != "data"):

@@ -33,7 +33,7 @@ from orbitdit.ops.linear.reference import exact_linear
 from orbitdit.ops.rotate_encode.means import MEAN_BITS, add_means, group_size_for, less_means, mean_gain, token_means
 from orbitdit.quantize import QuantizedWeight, check_spec, empty_weight, quantize_weight
 from orbitdit.spec import INT4, LayerSpec, Projection, TokenCode
-from orbitdit.tokens import Deferred, Modulation, Tokens, TokensTensor, version
+from orbitdit.tokens import Deferred, Modulation, Tokens, TokensTensor
 from orbitdit.weight import PackedWeight
 
 
@@ -69,15 +69,23 @@ class Stamp:
     """Parameters and how often they had been written to when something was made of them."""
 
     def __init__(self, *parameters: Tensor | None):
-        self.parameters = parameters
-        self.versions = [0 if p is None else version(p) for p in parameters]
+        self.parameters, self.versions = parameters, _versions(parameters)
 
     def fits(self, *parameters: Tensor | None) -> bool:
         """Whether these are the same tensors, not written to since (as far as torch counts it)."""
-        for before, now, count in zip(self.parameters, parameters, self.versions, strict=True):
-            if before is not now or (now is not None and version(now) != count):
+        for before, now in zip(self.parameters, parameters, strict=True):
+            if before is not now:
                 return False
-        return True
+        return self.versions == _versions(parameters)
+
+
+def _versions(parameters: Sequence[Tensor | None]) -> list[int]:
+    if torch.compiler.is_compiling():
+        return []
+    try:
+        return [0 if p is None else p._version for p in parameters]
+    except RuntimeError:  # of inference mode: nothing is counted
+        return [0 if p is None or p.is_inference() else p._version for p in parameters]
 
 
 class Outputs(NamedTuple):
@@ -292,7 +300,7 @@ class OrbitLinear(_PackedLinear):
             if entry.siblings is siblings and entry.grid == grid:
                 output: Tensor | None = entry.outputs[self.place]
                 entry.outputs[self.place] = None  # the caller's own, to write to
-                if output is not None and entry.stamps[self.place].fits(self.codes, self.scales, self.bias):
+                if output is not None and entry.stamps[self.place].fits(*self._parameters.values()):
                     return output
                 siblings = None  # called twice, or changed since: alone this time
         together = self._together(siblings, source, grid)
@@ -301,7 +309,7 @@ class OrbitLinear(_PackedLinear):
             return outputs[0]
         left: list[Tensor | None] = list(outputs)
         left[self.place] = None
-        stamps = [Stamp(layer.codes, layer.scales, layer.bias) for layer in together]
+        stamps = [Stamp(*layer._parameters.values()) for layer in together]
         x.memo.append(Outputs(siblings, grid, left, stamps))
         return outputs[self.place]
 
@@ -317,6 +325,7 @@ class OrbitLinear(_PackedLinear):
 
     def _step(self, x: Tokens) -> tuple[Tensor, str, tuple[Tensor, ...]] | None:
         """What the kernel makes of pending tokens on the way: source, prologue and arguments. None where it can't."""
+        x.check()
         if not x.prologue:
             return x.source, "", ()
         tokens, args = self.spec.tokens, x.prologue_args

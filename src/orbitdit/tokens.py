@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from orbitdit.errors import ModelError
+
 
 class Deferred:
     """What acts as a tensor and is made when it is needed."""
@@ -115,6 +117,7 @@ def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
         pending = isinstance(last, Tokens) and last.prologue == "gelu" and not last.prologue_args and len(first) == 1
         if pending and isinstance(first[0], Tensor):
             before, gelu = first[0], last
+            gelu.check()
             return Tokens(last.source, lambda: torch.cat([before, gelu.tensor()], dim), "gelu", (before,))
         return torch.cat(plain(list(tensors)), dim)
     return Tokens(torch.cat(plain(list(tensors)), dim))
@@ -152,7 +155,8 @@ class Tokens(Deferred):
     `ops.rotate_encode.reference.apply_prologue`; "" for none) with its arguments, and a memo of siblings' outputs.
 
     `make` gives the tensor as diffusers' own modules compute it; without one it is the source. The arguments of a norm
-    come one by one: until they are complete the step is left to `make`.
+    come one by one: until they are complete the step is left to `make`. Raises ModelError where the source was written
+    to before its step was done (as far as torch counts it: not in inference mode): what it was is gone.
     """
 
     def __init__(
@@ -172,10 +176,19 @@ class Tokens(Deferred):
     def tensor(self) -> Tensor:
         """The tokens as a tensor; whoever has it may write to it, so from here on the step is done."""
         if self.make is not None:
+            self.check()
             kept = self.outputs()
             self.source, self.make, self.prologue, self.prologue_args = self.make(), None, "", ()
             self.memo, self.seen = kept, version(self.source)
         return self.source
+
+    def check(self) -> None:
+        """Raise ModelError if a step is pending whose source is no longer what it was."""
+        if self.make is not None and version(self.source) != self.seen:
+            raise ModelError(
+                "the input of a norm or activation was written to before a quantized layer used its result: write to a "
+                "new tensor instead, or call orbitdit.fusion.disconnect(model)"
+            )
 
     def outputs(self) -> list[Any]:
         """What layers have made of these tokens; nothing where they were written to since."""
@@ -220,6 +233,7 @@ class Tokens(Deferred):
             dtype = args[0]
             if dtype == self.dtype:
                 return self
+            self.check()
             return Tokens(self.source, lambda: self.tensor().to(dtype), self.prologue, self.prologue_args, dtype)
         return self.tensor().to(*plain(args), **kwargs)
 
@@ -242,6 +256,7 @@ class Tokens(Deferred):
         return Tokens(self.tensor()[index])
 
     def _then(self, make: Callable[[], Tensor], arg: Any) -> "Tokens":
+        self.check()
         dtype = torch.promote_types(self.dtype, arg.source.dtype if isinstance(arg, Modulation) else arg.dtype)
         return Tokens(self.source, make, self.prologue, (*self.prologue_args, arg), dtype)
 
