@@ -2,7 +2,7 @@
 search for trellis codes, which quantizes a model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from orbitdit.config import TRELLIS_STATES
 from orbitdit.grids import E4M3, GRIDS
 from orbitdit.ops import ops
 from orbitdit.ops.rotate_encode.cuda import rotate_encode
+from orbitdit.ops.rotate_encode.means import GROUP_SIZE
 from orbitdit.ops.rotate_encode.reference import apply_prologue
 from orbitdit.packing import packed_width, unpack
 from orbitdit.quantize import quantize_weight, search
@@ -51,6 +52,9 @@ DECODE_BOUND = 0.08
 
 
 PROVIDERS = ("copy", *GRIDS)
+MEANS = ", centred"
+"""What is added to the name of an encoding whose tokens are sums of two codes."""
+ENCODERS = (*PROVIDERS, *(grid + MEANS for grid in GRIDS))
 
 
 def weight_code(bits: int, log2_states: int | None = None) -> WeightCode:
@@ -58,9 +62,9 @@ def weight_code(bits: int, log2_states: int | None = None) -> WeightCode:
     return WeightCode("scalar" if log2_states is None else "trellis", bits, "norm", log2_states)
 
 
-def layer_of(width: int, rows: int, code: WeightCode) -> LayerSpec:
+def layer_of(width: int, rows: int, code: WeightCode, group_size: int | None = None) -> LayerSpec:
     """A layer whose tokens have codes of `ENCODE_BITS`."""
-    return LayerSpec(width, rows, code, TokenCode(ENCODE_BITS))
+    return LayerSpec(width, rows, code, TokenCode(ENCODE_BITS, group_size))
 
 
 def values_of(values: Tensor, scales: Tensor) -> Tensor:
@@ -95,15 +99,19 @@ class Encode:
     def open(self) -> Mapping[str, Callable[[], Candidate]]:
         shape = (self.tokens, self.width)
         inputs = [torch.randn(shape, device=self.device, dtype=torch.bfloat16) for _ in range(INPUTS)]
-        makers = {grid: lambda grid=grid: self.candidate(inputs, grid) for grid in GRIDS}
+        makers = {
+            grid + (MEANS if size else ""): lambda grid=grid, size=size: self.candidate(inputs, grid, size)
+            for size in (None, GROUP_SIZE)
+            for grid in GRIDS
+        }
         return {"copy": copy_of(self.bytes, self.device), **makers}
 
     @property
     def bytes(self) -> int:
         return 3 * self.tokens * self.width
 
-    def candidate(self, inputs: list[Tensor], grid: str) -> Candidate:
-        key = Projection.key_of((layer_of(self.width, 16, weight_code(ENCODE_BITS)).key,), grid)
+    def candidate(self, inputs: list[Tensor], grid: str, group_size: int | None) -> Candidate:
+        key = Projection.key_of((layer_of(self.width, 16, weight_code(ENCODE_BITS), group_size).key,), grid)
 
         def run(i: int) -> tuple[Tensor, Tensor]:
             return ops.rotate_encode(inputs[i], key)
@@ -126,6 +134,7 @@ PROLOGUES = (
 )
 """What precedes the encoding in the blocks of FLUX, Z-Image and Wan: tokens, width, channels before the activation."""
 APART, TOGETHER = "apart", "in the encoding"
+PROLOGUE_PROVIDERS = ("copy", APART, TOGETHER, TOGETHER + MEANS)
 
 
 @dataclass(frozen=True)
@@ -167,9 +176,12 @@ class Prologue:
             x, args = inputs[i]
             return rotate_encode(made(x, self.prologue, args), encoding)
 
-        def together(i: int) -> tuple[Tensor, Tensor]:
+        def together(i: int, encoding: Encoding = encoding) -> tuple[Tensor, Tensor]:
             x, args = inputs[i]
             return rotate_encode(x, encoding, self.prologue, args)
+
+        def with_means(i: int) -> tuple[Tensor, Tensor]:
+            return together(i, replace(encoding, group_size=GROUP_SIZE))
 
         def candidate(run: Callable[[int], tuple[Tensor, Tensor]]) -> Candidate:
             def error() -> float:
@@ -182,8 +194,9 @@ class Prologue:
             bound = error_bound("bf16", str(ENCODE_BITS), 1.2)
             return Candidate(run, error, bound, {"bytes": size})
 
-        copy = copy_of(size, self.device)
-        return {"copy": copy, APART: lambda: candidate(apart), TOGETHER: lambda: candidate(together)}
+        runs = (apart, together, with_means)
+        made_of = {name: lambda run=run: candidate(run) for name, run in zip(PROLOGUE_PROVIDERS[1:], runs, strict=True)}
+        return {"copy": copy_of(size, self.device), **made_of}
 
 
 @dataclass(frozen=True)
@@ -282,6 +295,7 @@ def cases(device: str) -> list[Case]:
     searches = [
         Viterbi(*shape, bits, states, device) for shape in shapes for bits in VITERBI_BITS for states in TRELLIS_STATES
     ]
-    compared = [Case(made.name, PROVIDERS, made.open) for made in (*encodes, *decodes)]
-    compared += [Case(made.name, ("copy", APART, TOGETHER), made.open) for made in both]
+    compared = [Case(made.name, ENCODERS, made.open) for made in encodes]
+    compared += [Case(made.name, PROVIDERS, made.open) for made in decodes]
+    compared += [Case(made.name, PROLOGUE_PROVIDERS, made.open) for made in both]
     return [*compared, *(Case(made.name, ("viterbi",), made.open) for made in searches)]

@@ -118,7 +118,7 @@ COMPETING = {"layer": PROVIDERS, "modulation": MODULATION_PROVIDERS, "centred to
 class Layer:
     """`count` linear layers (width -> out) on one input of `tokens` rows.
 
-    The input is (tokens, width), which is never centred; for "centred tokens" it is (1, tokens, width).
+    The input is (tokens, width); the layers of the kind "layer" have the paper's recipe, which centres no tokens.
     """
 
     tokens: int
@@ -139,7 +139,7 @@ class Layer:
         drawn = [torch.randn(self.tokens, self.width, **options) for _ in range(INPUTS)]
         if self.kind != "centred tokens":
             return drawn
-        return [((x + torch.randn(self.width, **options)) / 2**0.5)[None] for x in drawn]
+        return [(x + torch.randn(self.width, **options)) / 2**0.5 for x in drawn]
 
 
 LAYERS = (

@@ -76,6 +76,8 @@ PROVIDERS = {
     "W2A4 trellis compiled": Provider(ours("w2a4"), 1.0, "e4m3", compiled=True),
     "W2A4 trellis uncentred compiled": Provider(ours("w2a4", centred_bits=()), 1.0, "e4m3", compiled=True),
     "W2A3 trellis compiled": Provider(ours("w2a3"), 1.0, "e4m3", compiled=True),
+    "W3A3 trellis compiled": Provider(ours("w3a3"), 1.0, "e4m3", compiled=True),
+    "W2A6 trellis compiled": Provider(ours("w2a6"), 1.0, "e4m3", compiled=True),
     "W2A4 trellis 2^10": Provider(ours("w2a4", trellis_states=10), 1.0, "e4m3", compiled=False),
     "W2A4 trellis 2^8": Provider(ours("w2a4", trellis_states=8), 1.0, "e4m3", compiled=False),
     "orbitquant W4A4": Provider(orbitquant, 0.6, "int8", compiled=False),

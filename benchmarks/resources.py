@@ -27,7 +27,7 @@ from orbitdit.ops.decode import cuda as decode
 from orbitdit.ops.int4_linear import cuda as int4_linear
 from orbitdit.ops.linear import matmul
 from orbitdit.ops.rotate_encode import cuda as rotate_encode
-from orbitdit.ops.rotate_encode import means_cuda as means
+from orbitdit.ops.rotate_encode.means import MEAN_BITS
 from orbitdit.ops.viterbi import cuda as viterbi
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +76,11 @@ class Architecture(NamedTuple):
     def bulk_copies(self) -> bool:
         return int(self.name.removeprefix("sm_")) >= 90
 
+    @property
+    def fp8(self) -> bool:
+        """Whether it has e4m3, on which sums of two codes are rounded; else int8."""
+        return int(self.name.removeprefix("sm_")) >= 89
+
     def blocks_at_a_time(self, registers: int, threads: int, shared: int) -> int:
         """Blocks that a processor runs at a time; 0 if not even one fits."""
         if registers > 255 or shared > self.block_shared:
@@ -115,14 +120,13 @@ class Launch(NamedTuple):
 
 def launches(arch: Architecture) -> list[Launch]:
     """All that are launched on this architecture."""
-    return [*_encoding(), *_decoding(), *_viterbi(), *_int4(arch), *_means(), *_scale()]
+    return [*_encoding(arch), *_decoding(), *_viterbi(), *_int4(arch), *_scale()]
 
 
 SOURCES = {
     name: f"{folder}/{name}.cu"
     for name, folder in {
         "rotate_encode": "rotate_encode",
-        "means": "rotate_encode",
         "decode": "decode",
         "viterbi": "viterbi",
         "int4_linear": "int4_linear",
@@ -133,46 +137,51 @@ SOURCES = {
 TYPES = {False: "bf16", True: "fp16"}
 
 
+AVERAGE, CENTRED = "means", "centred"
+
+
 class Encoding(NamedTuple):
-    """A variant of `rotate_encode` but for the dtype of tokens: width, what comes before and how many channels beside
-    it, whether tokens are centred, and bits."""
+    """A variant of `rotate_encode` but for the dtype of tokens and the grid: width, what comes before and how many
+    channels beside it, bits, and its part in centring ("" for none)."""
 
     dim: int
     before: str
     first: int
-    centred: bool
     bits: int
+    part: str = ""
 
     @property
     def case(self) -> str:
-        before = "centred" if self.centred else self.before.replace("_", " ")
         beside = f"beside {self.first}" if self.first else ""
-        parts = f"{self.dim} inputs", before, beside, "6 bits" if self.bits > 4 else "2 to 4 bits"
-        return ", ".join(filter(None, parts))
+        bits = "6 bits" if self.bits > 4 and not self.part else "" if self.part == AVERAGE else "2 to 4 bits"
+        return ", ".join(filter(None, (f"{self.dim} inputs", self.before.replace("_", " "), beside, self.part, bits)))
 
 
 def _encodings() -> tuple[list[Encoding], list[Encoding]]:
     """Those in the models, and those of the other combinations of widths and what comes before."""
     befores = [(before, 0) for before in rotate_encode.SIGNATURES]
     models, others = [], []
-    for dim, bits in product((*WIDTHS, *LARGEST), (4, 6)):
-        plain, fused = [Encoding(dim, "", 0, centred, bits) for centred in (False, True)], FUSED.get(dim)
-        rest = [Encoding(dim, *kind, False, bits) for kind in befores if kind[0] and kind != fused]
-        if dim in LARGEST:
-            others += plain + rest
-        else:
-            models += plain + ([Encoding(dim, *fused, False, bits)] if fused else [])
-            others += rest
+    for dim in (*WIDTHS, *LARGEST):
+        used = [("", 0), *([FUSED[dim]] if dim in FUSED else [])]
+        for bits, part in ((4, ""), (6, ""), (MEAN_BITS, AVERAGE), (4, CENTRED)):
+            own = [Encoding(dim, *kind, bits, part) for kind in used]
+            rest = [] if part else [Encoding(dim, *kind, bits) for kind in befores if kind not in used]
+            if dim in LARGEST:
+                others += own + rest
+            else:
+                models += own
+                others += rest
     return models, others
 
 
-def _encoding() -> Iterator[Launch]:
+def _encoding(arch: Architecture) -> Iterator[Launch]:
     for encoding, half in product(chain(*_encodings()), TYPES):
-        dim, before, first, centred, bits = encoding
-        tile = rotate_encode.tile_of(dim, before)
-        kind = rotate_encode.Kind(half, before, first, centred)
+        dim, before, first, bits, part = encoding
+        tile = rotate_encode.tile_of(dim, before, part == AVERAGE)
+        grid = rotate_encode.CENTRED[1 if arch.fp8 else 2] if part == CENTRED else ""
+        kind = rotate_encode.Kind(half, before, first, part == AVERAGE, grid)
         constants = rotate_encode.compile_options(dim, bits, tile, kind)
-        shape = 32 * tile.warps, rotate_encode.shared_bytes(dim, tile)
+        shape = 32 * tile.warps, rotate_encode.shared_bytes(dim, tile, part == AVERAGE)
         yield Launch("rotate_encode", encoding.case, TYPES[half], constants, *shape)
 
 
@@ -204,12 +213,6 @@ def _int4(arch: Architecture) -> Iterator[Launch]:
             constants = int4_linear.compile_options(dim, half, shape)
             variant = f"{TYPES[half]}, copied {'in bulk' if bulk else 'by threads'}"
             yield Launch("int4_linear", f"{dim} inputs", variant, constants, shape.threads, shape.shared_bytes(dim))
-
-
-def _means() -> Iterator[Launch]:
-    for half in TYPES:
-        constants = means.compile_options(half)
-        yield Launch("means", "any width", TYPES[half], constants, constants["THREADS"], 0)
 
 
 def _scale() -> Iterator[Launch]:
@@ -270,7 +273,6 @@ KERNELS = {
     "decode": "packed weights to grid values. Variants: up to four weights at a time, with and without biases",
     "viterbi": "rows of a weight to trellis codes, when a model is quantized",
     "int4_linear": "modulation. Variants: bf16 and fp16; copied by threads or, from sm_90 on, in bulk",
-    "means": "means of consecutive tokens. Variants: bf16 and fp16",
     "scale": "what follows a product that has no epilogue. Variants: the dtypes of outputs and biases",
 }
 IN_MODELS, ELSEWHERE = "rotate_encode in the models", "rotate_encode elsewhere"

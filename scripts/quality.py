@@ -40,8 +40,10 @@ from scripts.variants import VARIANTS, quantize_variant_
 
 R = TypeVar("R")
 FULL = "full"
-BITS = ("W2A4", "W3A3", "W4A4", "W2A3", "W4A6")
+BITS = ("W2A4", "W3A3", "W4A4", "W2A3", "W4A6", "W3A6", "W2A6")
 """In the order in which they are measured."""
+COMPARED_BITS = BITS[:5]
+"""Those of all methods."""
 SEEDS = (0, 1, 2)
 OURS: dict[str, tuple[dict[str, Any], str]] = {
     "orbitdit": ({}, "auto"),
@@ -54,6 +56,8 @@ OURS: dict[str, tuple[dict[str, Any], str]] = {
 but the paper's recipe in the paper's arithmetic."""
 ONLY_AT = {"orbitdit-centred": ("W4A4",), "orbitdit-uncentred": ("W2A4", "W3A3", "W2A3")}
 """Settings at which a method is another one than "orbitdit"."""
+MEASURED_AT: dict[str, tuple[str, ...]] = {"orbitdit": BITS, **ONLY_AT}
+"""Settings of a method, where they are not COMPARED_BITS."""
 TITLES = {
     FULL: "full precision",
     "orbitdit": "orbitdit",
@@ -88,13 +92,13 @@ def runs_of(models: Iterable[str], variants: bool = False) -> list[Run]:
     BITS; then the other seeds of those that have a rotation. With `variants` those instead, without full precision."""
     models = list(models)
     seeds = dict.fromkeys(OURS, SEEDS) | {name: method.seeds for name, method in METHODS.items()}
-    settings: Mapping[str, Sequence[str]] = ONLY_AT
+    settings: Mapping[str, Sequence[str]] = MEASURED_AT
     if variants:
         seeds, settings = dict.fromkeys(VARIANTS, SEEDS), {name: variant.bits for name, variant in VARIANTS.items()}
     found = [] if variants else [Run(model, FULL, "", 0) for model in models]
     for seed in SEEDS:
         for bits in BITS:
-            chosen = [n for n, own in seeds.items() if seed in own and bits in settings.get(n, BITS)]
+            chosen = [n for n, own in seeds.items() if seed in own and bits in settings.get(n, COMPARED_BITS)]
             found += [Run(m, name, bits, seed) for name in chosen for m in models]
     return found
 

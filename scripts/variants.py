@@ -32,7 +32,7 @@ from orbitdit.codebooks.lloyd_max import look_up, nearest, on_grid, shrinkage
 from orbitdit.errors import ConfigError
 from orbitdit.model import linear_named, quantize_layer, replace_module
 from orbitdit.ops.decode.reference import decode
-from orbitdit.ops.rotate_encode.means import spread, token_means
+from orbitdit.ops.rotate_encode.means import groups_of, token_means
 from orbitdit.ops.rotate_encode.reference import normalize
 from orbitdit.policy import LayerPlan
 from orbitdit.quantize import QuantizedWeight, check_weight, quantize_weight
@@ -258,8 +258,9 @@ class Encoding:
             if self.centred and x.ndim > 2:
                 mean = rows.mean(-2, keepdim=True)
                 if self.each:
-                    means = token_means(rows, min(self.each, rows.shape[-2]))
-                    mean = spread(means, rows.shape[-2], min(self.each, rows.shape[-2])).view(rows.shape)
+                    samples = rows.flatten(0, -3)
+                    group = groups_of(*samples.shape[:2], self.each, rows.device)
+                    mean = token_means(samples, self.each)[group].view(rows.shape)
                 self.parts = [self.part(rows - mean, self.tokens), self.part(mean, finely)]
             else:
                 self.parts = [self.part(rows, self.tokens)]

@@ -28,6 +28,7 @@ from orbitdit.ops.linear import reference as linear_reference
 from orbitdit.ops.linear.matmul import Scaled, matmul
 from orbitdit.ops.operands import Packed
 from orbitdit.ops.rotate_encode import cuda as rotate_encode_cuda
+from orbitdit.ops.rotate_encode import reference
 from orbitdit.ops.rotate_encode.reference import apply_prologue
 from orbitdit.ops.viterbi.reference import viterbi
 from orbitdit.packing import PACKED_BITS, packed_width, unpack
@@ -168,6 +169,61 @@ def test_what_comes_before_the_encoding(prologue, dim, first, batch, dtype, grid
     assert (code - expected_code).abs().max() <= 1
     assert (code != expected_code).sum() <= 3 + 3e-3 * code.numel()
     assert all_same(found, rotate_encode_cuda.rotate_encode(x, Encoding(dim, 4, grid, 1), prologue, args))
+
+
+def centred(x, bits, grid, prologue="", args=()):
+    """Values and scales of tokens (samples, tokens, channels) from the kernels, alone and sample by sample, and what
+    the definition's stand for."""
+    dim = apply_prologue(x[0, :1], prologue, [t[:1] for t in args]).shape[1]
+    encoding = Encoding(dim, bits, grid, 1, 16, True)
+    found = rotate_encode_cuda.rotate_encode(x, encoding, prologue, args)
+    assert all_same(found, rotate_encode_cuda.rotate_encode(x, encoding, prologue, args))
+    made = apply_prologue(x.flatten(0, 1), prologue, args).view(*x.shape[:2], dim)
+    values, scales = reference.rotate_encode(made, encoding)
+    return found, values.float() * scales[:, None], encoding
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (3, torch.float16)])
+@pytest.mark.parametrize("count", [1, 15, 17, 63, 5120])
+@pytest.mark.parametrize("dim", [256, 384, 1536, 1920, 3072, 3840, 5120, 8960, 12288, 15360])
+def test_centred_tokens(dim, count, bits, dtype, grid):
+    """Two samples of tokens that have much in common; they do not know each other."""
+    x = tokens(2 * count, dim, dtype).view(2, count, dim) / 30 + random(2, 1, dim, seed=5).to(dtype)
+    x = x.to(CUDA)
+    found, expected, encoding = centred(x, bits, grid)
+    stood_for = found[0].float() * found[1][:, None]
+    assert relative(stood_for, expected) <= 0.03
+    alone = [rotate_encode_cuda.rotate_encode(sample, encoding) for sample in x]
+    assert all_same(found, map(stacked, zip(*alone, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("prologue", "dim", "first", "batch"),
+    [
+        ("gelu", 8960, 0, 1),
+        ("gelu", 15360, 3072, 1),
+        *(("layer_norm", dim, 0, 2) for dim in (256, 1536, 1920, 3072, 5120)),
+        ("silu", 10240, 0, 1),
+        *(("rms_norm", dim, 0, 2) for dim in (1536, 3840)),
+        ("rms_norm", 3840, 0, 0),
+    ],
+)
+def test_centred_tokens_behind_a_prologue(prologue, dim, first, batch, grid):
+    x, args = prologue_inputs(prologue, 2 * 99, dim, first, batch, BF16, CUDA)
+    x = x.unflatten(0, (2, 99))
+    found, expected, _ = centred(x, 4, grid, prologue, args)
+    assert relative(found[0].float() * found[1][:, None], expected) <= 0.03
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_a_spoilt_token_leaves_its_group_finite(value, grid):
+    x = tokens(40, 3072).to(CUDA)[None]
+    x[0, 20, 7] = value
+    values, scales = rotate_encode_cuda.rotate_encode(x, Encoding(3072, 4, grid, 1, 16, True))
+    finite = (values.float() * scales[:, None]).isfinite().all(1)
+    assert finite[:20].all()
+    assert finite[21:].all()
+    assert finite[20] == (value == 1e30)
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)

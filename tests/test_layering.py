@@ -30,10 +30,10 @@ MAY_IMPORT = {
     "ops.nvrtc": "errors",
     "ops.operands": "errors",
     "ops.rotate_encode": "",
-    "ops.rotate_encode.means": "codebooks codebooks.lloyd_max spec",
-    "ops.rotate_encode.reference": "codebooks.lloyd_max grids rotation spec tables",
-    "ops.rotate_encode.cpu": "codebooks.lloyd_max grids ops.rotate_encode.reference rotation spec tables",
-    "ops.rotate_encode.means_cuda": "ops.nvrtc ops.rotate_encode.means",
+    "ops.rotate_encode.means": "codebooks.lloyd_max grids spec",
+    "ops.rotate_encode.reference": "codebooks.lloyd_max grids ops.rotate_encode.means rotation spec tables",
+    "ops.rotate_encode.cpu": "codebooks.lloyd_max grids ops.rotate_encode.means ops.rotate_encode.reference rotation "
+    + "spec tables",
     "ops.rotate_encode.cuda": "codebooks.lloyd_max errors grids ops.nvrtc ops.rotate_encode.means "
     + "ops.rotate_encode.reference rotation spec",
     "ops.decode": "",
@@ -41,12 +41,11 @@ MAY_IMPORT = {
     "ops.decode.cpu": "codebooks codebooks.lloyd_max packing spec tables",
     "ops.decode.cuda": "codebooks errors grids ops.nvrtc ops.operands spec",
     "ops.linear": "",
-    "ops.linear.reference": "codebooks codebooks.lloyd_max ops.rotate_encode.reference packing rotation spec",
+    "ops.linear.reference": "codebooks codebooks.lloyd_max grids ops.rotate_encode.reference packing rotation spec",
     "ops.linear.matmul": "ops.nvrtc",
     "ops.linear.cpu": "grids ops.decode.cpu ops.decode.reference ops.linear.reference ops.operands "
-    + "ops.rotate_encode.cpu ops.rotate_encode.means ops.rotate_encode.reference spec tables",
-    "ops.linear.cuda": "grids ops.decode.cuda ops.linear.matmul ops.operands ops.rotate_encode.cuda "
-    + "ops.rotate_encode.means ops.rotate_encode.means_cuda ops.rotate_encode.reference spec",
+    + "ops.rotate_encode.cpu ops.rotate_encode.reference spec tables",
+    "ops.linear.cuda": "grids ops.decode.cuda ops.linear.matmul ops.operands ops.rotate_encode.cuda spec",
     "ops.int4_linear": "",
     "ops.int4_linear.reference": "packing",
     "ops.int4_linear.cuda": "ops.int4_linear.reference ops.nvrtc",
@@ -55,12 +54,12 @@ MAY_IMPORT = {
     "ops.viterbi.cuda": "errors ops.nvrtc",
     "ops": "grids ops.decode.cuda ops.decode.reference ops.int4_linear.cuda ops.int4_linear.reference ops.linear.cpu "
     + "ops.linear.cuda ops.linear.reference ops.operands ops.rotate_encode.cpu ops.rotate_encode.cuda "
-    + "ops.rotate_encode.means ops.viterbi.cuda ops.viterbi.reference spec",
-    "quantize": "codebooks codebooks.lloyd_max config errors ops ops.decode.reference packing rotation spec",
+    + "ops.viterbi.cuda ops.viterbi.reference spec",
+    "quantize": "codebooks codebooks.lloyd_max config errors ops ops.decode.reference ops.rotate_encode.means packing "
+    + "rotation spec",
     "weight": "errors",
     "tokens": "errors",
-    "linear": "errors grids ops ops.int4_linear.reference ops.linear.reference ops.rotate_encode.means quantize spec "
-    + "tokens weight",
+    "linear": "errors grids ops ops.int4_linear.reference ops.linear.reference quantize spec " + "tokens weight",
     "fusion": "families linear ops.rotate_encode.reference tokens",
     "model": "config errors fusion grids linear ops policy quantize",
     "explanation": "",

@@ -85,9 +85,10 @@ class OrbitQuantConfig:
             tokens', and "unbiased-rows" only the weights' (see `quantize`).
         trellis_bits: the bits (2, 3, 4) at which weights are trellis codes (see `trellis`), not scalar ones, in layers
             with bits from a rule too; the paper's recipe has none, the best one 2 and 3.
-        centred_bits: where tokens are encoded less the mean of 16, which takes time (see `ops.rotate_encode.means`):
-            activation bits (3, 4), or both widths such as "w2a4". It goes by the bits of each layer, those from a rule
-            too. The paper's recipe has none, the best one (3, "w2a4").
+        centred_bits: where the codes of tokens are sums, of that of a mean of 16 and of what is left without it, which
+            takes time (see `ops.rotate_encode.means`): activation bits (3, 4), or both widths such as "w2a4". It goes
+            by the bits of each layer, those from a rule too; tokens that are wider than most of the model's never are
+            (see `policy`). The paper's recipe has none, the best one (3, "w2a4").
         trellis_states: L, for trellises of 2^L states: 8, 10 or 12. More states, less error, longer quantizing.
         scalar_codebook: the codebook of weights that are no trellis codes (see `codebooks`); "scalar" is Lloyd-Max.
         seed: seed of the rotations, 0 <= seed < 2**64.

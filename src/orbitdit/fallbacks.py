@@ -202,15 +202,13 @@ class Explainer:
 
     def not_taken(self, layer: OrbitLinear, step: nn.Module) -> str:
         """Why a layer does not take the pending step of a module; "" if it does. As `OrbitLinear._step`."""
-        device, tokens = self.device_of(layer), layer.spec.tokens
+        device = self.device_of(layer)
         if self.grid(layer)[0] == EXACT:
             return "layers that run exactly take no step before them"
         if device.type != "cuda":
             return f"kernels of a {device.name.upper()} take no step before them"
         if is_offloaded(layer):
             return "the layer is offloaded by itself"
-        if tokens is not None and tokens.group_size is not None:
-            return "tokens are centred, by means of what is encoded"
         return _not_deferred(step)
 
     def before(self, name: str) -> tuple[nn.Module | None, tuple[str, ...]]:

@@ -27,6 +27,10 @@ class Grid:
     round: Callable[[Tensor], Tensor]
     sizes: tuple[float, ...]
 
+    def nearest(self, values: Tensor) -> Tensor:
+        """The grid's numbers nearest to `values`, in its dtype."""
+        return self.round(values).to(self.dtype)
+
     def bytes_of(self, values: Tensor) -> np.ndarray:
         """`values` of the grid, as its bytes, uint8."""
         data: np.ndarray = values.float().to(self.dtype).view(torch.uint8).numpy()

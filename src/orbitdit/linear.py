@@ -8,8 +8,8 @@ The forward pass is, with n_i and t the norms of row i and of the token,
 
     y_i = n_i * t * <c_W(i), c_A> + bias_i        (OrbitQuant, arXiv 2607.02461; for n_i also see `quantize`)
 
-in the steps of `ops`: encode the tokens, decode the codes, multiply. Tokens may be centred: the sum is of what is left
-of them after a mean that they share, and of the mean (see `ops.rotate_encode.means`). Which grid the centroids lie on
+in the steps of `ops`: encode the tokens, decode the codes, multiply. The code of a token may be a sum of two, of a mean
+that tokens share and of what is left without it (see `ops.rotate_encode.means`). Which grid the centroids lie on
 depends on the device that runs the layer, and is no part of a checkpoint.
 
 A layer that is given `Tokens` (see `tokens`) takes their pending step into the encoding, and computes the outputs of
@@ -19,7 +19,6 @@ its siblings with its own.
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +29,8 @@ from orbitdit.grids import EXACT
 from orbitdit.ops import choose, has_kernel, ops, run_linear
 from orbitdit.ops.int4_linear.reference import int4_linear
 from orbitdit.ops.linear.reference import exact_linear
-from orbitdit.ops.rotate_encode.means import MEAN_BITS, add_means, group_size_for, less_means, mean_gain, token_means
 from orbitdit.quantize import QuantizedWeight, check_spec, empty_weight, quantize_weight
-from orbitdit.spec import INT4, LayerSpec, Projection, TokenCode
+from orbitdit.spec import INT4, LayerSpec, Projection
 from orbitdit.tokens import Deferred, Modulation, Tokens, TokensTensor
 from orbitdit.weight import PackedWeight
 
@@ -245,9 +243,9 @@ class OrbitLinear(_PackedLinear):
 
     Made by `from_linear`, or empty (to load a state dict into) by the constructor. `forward` takes (..., in) in fp32,
     bf16 or fp16 and gives (..., out) in the same dtype; it raises TensorError for other inputs, ModelError where it is
-    on the meta device. Tokens are centred for inputs of three dimensions and more. bf16 and fp16 run on the grid of
-    the device (see `ops.choose`) or on `grid`, if that is set. fp32 inputs, and what no grid takes, run exactly: the
-    product multiplies the centroids, in fp32 or rounded once to the input's dtype.
+    on the meta device. Where tokens are centred, those of a sample lie along the second last dimension. bf16 and fp16
+    run on the grid of the device (see `ops.choose`) or on `grid`, if that is set. fp32 inputs, and what no grid takes,
+    run exactly: the product multiplies the centroids, in fp32 or rounded once to the input's dtype.
     """
 
     def __init__(
@@ -260,8 +258,6 @@ class OrbitLinear(_PackedLinear):
     ):
         super().__init__(spec, bias, quantized, device, dtype)
         self.has_kernel = has_kernel(spec)
-        self.mean_spec = replace(spec, tokens=TokenCode(MEAN_BITS))
-        self.mean_key, self.mean_gain = self.mean_spec.key, mean_gain(spec)
         self.grid: str | None = None
         self.cache_decoded = False
         self.siblings: Siblings | None = None
@@ -277,10 +273,11 @@ class OrbitLinear(_PackedLinear):
         self._check_input(x)
         if torch.is_grad_enabled() and x.requires_grad:
             with torch.autocast(x.device.type, enabled=False):
-                return self._exactly(exact_linear, x, self.spec, self.mean_spec)
+                return exact_linear(x, self.codes, self.scales, self.bias, self.spec)
         grid = self.grid_for(x)
         if grid == EXACT:
-            return self._exactly(ops.exact_linear, x, self.key, self.mean_key)
+            y: Tensor = ops.exact_linear(x, self.codes, self.scales, self.bias, self.key)
+            return y
         return project((self,), x, grid)[0]
 
     def _of_deferred(self, x: Deferred) -> Tensor:
@@ -331,8 +328,6 @@ class OrbitLinear(_PackedLinear):
         tokens, args = self.spec.tokens, x.prologue_args
         if not fuses(x) or tokens is None or is_offloaded(self) or not self.has_kernel:
             return None
-        if group_size_for(x.source, tokens.group_size) is not None:  # means are of what is encoded
-            return None
         if choose(self.grid, x.device, x.dtype) == EXACT:
             return None
         source = x.source.to(x.dtype)
@@ -347,19 +342,6 @@ class OrbitLinear(_PackedLinear):
             if arg.device != source.device:
                 return None
         return source, x.prologue, args
-
-    def _exactly(self, product: Callable[..., Tensor], x: Tensor, layer: Any, of_means: Any) -> Tensor:
-        """The outputs for `x` (..., in) by `product`: the reference, which takes specs, or the op, which takes keys."""
-        tokens = x.reshape(-1, self.in_features)
-        size = None if self.spec.tokens is None else group_size_for(x, self.spec.tokens.group_size)
-        if size is None:
-            y = product(tokens, self.codes, self.scales, self.bias, layer)
-        else:
-            count, means = x.shape[-2], token_means(x, size)
-            y = product(less_means(tokens, means, count, size), self.codes, self.scales, self.bias, layer)
-            apart = product(means, self.codes, self.scales, None, of_means) * self.mean_gain
-            y = add_means(y, apart, count, size)
-        return y.view(*x.shape[:-1], self.out_features)
 
     def grid_for(self, x: Tensor) -> str:
         """The grid that the layer runs on for inputs like `x`."""

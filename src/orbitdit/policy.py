@@ -8,7 +8,8 @@ Source: OrbitQuant, arXiv 2607.02461 (which layers), diffusers' module names.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from orbitdit.errors import ConfigError
 from orbitdit.families import BLOCK, FAMILIES, GATE, OUTSIDE, Rule
 from orbitdit.families import MODULATION as _MODULATION
 from orbitdit.packing import GROUP, packed_width
-from orbitdit.spec import INT4, LayerSpec, WeightCode
+from orbitdit.spec import INT4, LayerSpec, TokenCode, WeightCode
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 _EMBEDDER = re.compile(r"embed|(^|[._])emb([._]|$)")
@@ -157,8 +158,19 @@ def build_plan(model: str, layers: Iterable[Layer], config: OrbitQuantConfig) ->
         found: Iterable[tuple[Rule, ...]] = [(*family.rules, ("*", "keep", OUTSIDE))] * len(layers)
     else:
         found = [(rule,) for rule in _structural_rules(layers)]
-    rows = (_decide(layer, (*own, *rules), config) for layer, rules in zip(layers, found, strict=True))
-    return Plan(model, config, tuple(rows))
+    rows = [_decide(layer, (*own, *rules), config) for layer, rules in zip(layers, found, strict=True)]
+    return Plan(model, config, tuple(_centred_where_it_pays(rows)))
+
+
+def _centred_where_it_pays(rows: list[LayerPlan]) -> Iterator[LayerPlan]:
+    """Without means for tokens that are wider than most: those behind a feed-forward's activation gain nothing by them,
+    and are the dearest to centre (docs/quality.md)."""
+    widths = Counter(row.in_features for row in rows if row.action == "quantize")
+    for row in rows:
+        spec = row.spec
+        if spec and spec.tokens and spec.tokens.group_size and row.in_features > widths.most_common(1)[0][0]:
+            row = replace(row, spec=replace(spec, tokens=TokenCode(spec.tokens.bits)))
+        yield row
 
 
 def as_stored(plan: Plan, stored: Mapping[str, bool]) -> Plan:
@@ -184,6 +196,8 @@ def as_stored(plan: Plan, stored: Mapping[str, bool]) -> Plan:
             spec = LayerSpec(*shape, WeightCode(INT4, 4), None, None)
         elif spec is None or row.action == "int4":
             spec = plan.config.layer(shape)
+        else:  # they were centred whatever their width
+            spec = plan.config.layer(shape, (spec.weight.bits, spec.tokens.bits if spec.tokens else 16))
         rows.append(row if spec == row.spec else replace(row, spec=spec, reason="as stored"))
     return replace(plan, layers=tuple(rows))
 

@@ -27,6 +27,7 @@ from orbitdit.config import ACTIVATION_BITS, SCALES
 from orbitdit.errors import ConfigError, TensorError
 from orbitdit.ops import ops
 from orbitdit.ops.decode.reference import dequantize
+from orbitdit.ops.rotate_encode.means import GROUP_SIZE
 from orbitdit.packing import GROUP, pack, packed_width
 from orbitdit.rotation import rotation
 from orbitdit.spec import INT4, LayerSpec, WeightCode
@@ -67,6 +68,8 @@ def check_spec(spec: LayerSpec) -> None:
     if tokens is not None and tokens.bits not in TOKEN_BITS:
         allowed = ", ".join(map(str, TOKEN_BITS))
         raise ConfigError(f"tokens of {tokens.bits} bits are not supported; choose one of {allowed}")
+    if tokens is not None and tokens.group_size is not None and not 1 <= tokens.group_size <= GROUP_SIZE:
+        raise ConfigError(f"{tokens.group_size} tokens cannot share a mean; choose at most {GROUP_SIZE}")
 
 
 def quantize_weight(weight: Tensor, spec: LayerSpec, name: str = "weight") -> QuantizedWeight:

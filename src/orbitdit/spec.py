@@ -37,8 +37,8 @@ class WeightCode:
 
 @dataclass(frozen=True)
 class TokenCode:
-    """How tokens are coded: bits a coordinate, and how many consecutive tokens share a mean that is coded apart (None:
-    tokens are not centred)."""
+    """How tokens are coded: bits a coordinate, and how many consecutive tokens of a sample share a mean whose code is
+    added to theirs (None: tokens are not centred)."""
 
     bits: int
     group_size: int | None = None
@@ -77,8 +77,15 @@ class LayerSpec:
     @property
     def encoding(self) -> tuple[int, TokenCode | None, str | None, int | None]:
         """What decides the encoding of this layer's tokens: layers that are equal in it can share it. (The scale
-        decides by what factor means are multiplied.)"""
+        decides by what factor the codes of means are multiplied.)"""
         return self.in_features, self.tokens, self.weight.scale, self.seed
+
+    def encoding_on(self, grid: str) -> "Encoding":
+        """How tokens are encoded on a number grid, or for "exact" as centroids."""
+        assert self.tokens is not None
+        assert self.seed is not None
+        tokens, unbiased = self.tokens, self.weight.scale == "unbiased"
+        return Encoding(self.in_features, tokens.bits, grid, self.seed, tokens.group_size, unbiased)
 
     @staticmethod
     def parse(key: str) -> "LayerSpec":
@@ -112,13 +119,16 @@ _NUMBERS = ("states", "group", "seed")
 @dataclass(frozen=True)
 class Encoding:
     """How tokens of `dim` coordinates become values on a number grid: C(dim, bits) on `grid`, after the rotation that
-    `seed` draws. Their scales are multiplied by `gain`."""
+    `seed` draws. `group_size` consecutive ones of a sample share a mean (None: they are not centred), whose code is
+    multiplied by a factor where the rows' scales undo the shrinking of tokens (`unbiased`; see
+    `ops.rotate_encode.means`)."""
 
     dim: int
     bits: int
     grid: str
     seed: int = 0
-    gain: float = 1.0
+    group_size: int | None = None
+    unbiased: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,10 +159,7 @@ class Projection:
     @cached_property
     def tokens(self) -> Encoding:
         """How the tokens are encoded."""
-        first = self.layers[0]
-        assert first.tokens is not None
-        assert first.seed is not None
-        return Encoding(first.in_features, first.tokens.bits, self.grid, first.seed)
+        return self.layers[0].encoding_on(self.grid)
 
     @cached_property
     def out_features(self) -> int:

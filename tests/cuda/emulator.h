@@ -583,6 +583,36 @@ inline u32 fma_f16x2(u32 a, u32 b, u32 c) {
   return pack_f16(half(0), half(16));
 }
 
+inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
+  auto half = [=](int s) { return fmaf(bf16_to_float(a >> s), bf16_to_float(b >> s), bf16_to_float(c >> s)); };
+  return pack_bf16(half(0), half(16));
+}
+
+inline u32 mul_f16x2(u32 a, u32 b) { return fma_f16x2(a, b, 0x80008000u); }
+
+inline float e4m3_to_float(u32 e) {
+  if ((e & 127) == 127) return __uint_as_float(0x7fc00000u);
+  const float size = e & 0x78 ? ldexpf(8 + (e & 7), static_cast<int>(e >> 3 & 15) - 10) : ldexpf(e & 7, -9);
+  return e & 128 ? -size : size;
+}
+
+inline u32 float_to_e4m3(float f) {
+  const u32 sign = __float_as_uint(f) >> 24 & 128;
+  const float size = fabsf(f);
+  if (!(size == size)) return 127;
+  if (size >= 448) return sign | 126;
+  u32 nearest = 0;
+  for (u32 e = 1; e < 127; e++) {  // ties to the even code
+    const float old = fabsf(e4m3_to_float(nearest) - size), now = fabsf(e4m3_to_float(e) - size);
+    if (now < old || (now == old && e % 2 == 0)) nearest = e;
+  }
+  return sign | nearest;
+}
+
+inline u32 f16x2_to_e4m3(u32 pair) {
+  return float_to_e4m3(f16_to_float(pair)) | float_to_e4m3(f16_to_float(pair >> 16)) << 8;
+}
+
 namespace emulator {
 
 struct Shuffle { u32 value; int source; };

@@ -10,8 +10,9 @@ from orbitdit.grids import dtype_of
 from orbitdit.ops.decode import cuda as decode_cuda
 from orbitdit.ops.rotate_encode import cuda as rotate_encode_cuda
 from orbitdit.ops.rotate_encode.cuda import Kind
-from orbitdit.ops.rotate_encode.means import groups
+from orbitdit.ops.rotate_encode.means import groups, mean_gain, parts_of, reaches
 from orbitdit.ops.rotate_encode.reference import NORM_EPSILONS
+from orbitdit.spec import Encoding
 
 SEED = 1
 POISON = {"e4m3": 0x7F, "int8": 0x80}
@@ -35,11 +36,30 @@ class How(NamedTuple):
 AS_THE_KERNEL = How()
 
 
-def rotate_encode(x, bits, grid, prologue="", args=(), means=None, how=AS_THE_KERNEL):
-    """Values and scales from the kernel, all of them written by it; the rotation's seed is 1."""
+def rotate_encode(x, bits, grid, prologue="", args=(), sample=None, how=AS_THE_KERNEL):
+    """Values and scales from the kernel, all of them written by it; the rotation's seed is 1. With a `sample` (its
+    tokens, and those that share a mean) tokens are centred, and the means' rows, values and scales come too."""
     first = args[0].shape[1] if prologue == "gelu" and args else 0
-    count, dim = x.shape[0], x.shape[1] + first
-    tile = how.tile or rotate_encode_cuda.tile_of(dim, prologue)
+    encoding = Encoding(x.shape[1] + first, bits, grid, SEED, None if sample is None else sample[1], True)
+    kind = Kind(x.dtype == torch.float16, prologue, first)
+    if sample is None:
+        return run(x, encoding, kind, args, (), how)
+    grouping = sample[0], groups(*sample), sample[1]
+    count = len(x) // sample[0] * grouping[1]
+    rows = torch.full((count, encoding.dim), torch.nan, dtype=x.dtype)
+    average = kind._replace(average=True)
+    values, scales = run(x, encoding, average, args, (rows, *grouping), how._replace(tile=None), count)
+    centring = rows, values, scales, *grouping, *reaches(encoding)
+    return *run(x, encoding, kind._replace(centred=grid), args, centring, how), (rows, values, scales)
+
+
+def run(x, encoding, kind, args, centring, how, count=None):
+    """One launch; `count` is that of what is encoded, if not that of `x`."""
+    dim, grid, prologue = encoding.dim, encoding.grid, kind.prologue
+    count = len(x) if count is None else count
+    coded = parts_of(encoding)[int(kind.average)] if kind.average or kind.centred else encoding
+    bits = coded.bits
+    tile = how.tile or rotate_encode_cuda.tile_of(dim, prologue, kind.average)
     other = args[0] if args else x
     rows, pitches = memory_of(other), (other.stride(0), x.stride(0))
     more = {"": [], "gelu": [rows, *pitches], "silu": [rows, *pitches]}
@@ -47,29 +67,33 @@ def rotate_encode(x, bits, grid, prologue="", args=(), means=None, how=AS_THE_KE
         scale, extra = args if prologue == "layer_norm" else ([*args, None][1], args[0])
         pitch, batch = (0, 1) if scale is None else (scale.stride(0), len(scale))
         modulation = [None if t is None else memory_of(t) for t in (scale, extra)]
-        more[prologue] = [*modulation, pitch, count // batch, NORM_EPSILONS[prologue]]
-    bins, slope, scale = rotate_encode_cuda.code_bins(dim, bits, grid)
+        more[prologue] = [*modulation, pitch, len(x) // batch, NORM_EPSILONS[prologue]]
+    bins, slope, scale = rotate_encode_cuda.code_bins(dim, bits, coded.grid, 0 if coded is encoding else 128)
+    scale *= mean_gain(encoding) if kind.average else 1
     gather = torch.from_numpy(rotate_encode_cuda.gather_table(dim, SEED, tile.tokens).view(np.int16))
     values, scales = torch.full((count, dim), POISON[grid], dtype=torch.uint8), torch.full((count,), -7.0)
+    if kind.average:
+        values = torch.full((count, dim), 1e4, dtype=torch.float16)
     launch(
         "rotate_encode/rotate_encode.cu",
         "rotate_encode",
         Launch(
             (min(how.blocks, max(1, -(-count // tile.tokens))), 1, 1),
             32 * tile.warps,
-            rotate_encode_cuda.shared_bytes(dim, tile),
+            rotate_encode_cuda.shared_bytes(dim, tile, kind.average),
             how.reverse,
         ),
         [memory_of(x), gather, torch.from_numpy(bins), values, scales, count]
         + [float(number) for number in (*rotate_encode_cuda.scaling(dim, slope, tile), scale)]
         + more[prologue]
-        + ([means.rows, means.tokens, groups(means.tokens, means.group_size), means.group_size] if means else []),
-        rotate_encode_cuda.compile_options(
-            dim, bits, tile, Kind(x.dtype == torch.float16, prologue, first, bool(means))
-        ),
+        + list(centring),
+        rotate_encode_cuda.compile_options(dim, bits, tile, kind),
     )
-    assert (values != POISON[grid]).all()
     assert (scales != -7).all()
+    if kind.average:
+        assert (values.abs() < 128).all()
+        return values, scales
+    assert (values != POISON[grid]).all()
     return values.view(dtype_of(grid)), scales
 
 

@@ -39,7 +39,6 @@ from orbitdit.ops.linear import reference as linear_reference
 from orbitdit.ops.operands import check_devices
 from orbitdit.ops.rotate_encode import cpu as rotate_encode_cpu
 from orbitdit.ops.rotate_encode import cuda as rotate_encode_cuda
-from orbitdit.ops.rotate_encode.means import group_size_for, groups
 from orbitdit.ops.viterbi import cuda as viterbi_cuda
 from orbitdit.ops.viterbi import reference as viterbi_reference
 from orbitdit.spec import LayerSpec, Projection
@@ -139,8 +138,9 @@ def _without_autocast(function: Function) -> Function:
 
 
 def _rotate_encode_fake(x: Tensor, key: str) -> tuple[Tensor, Tensor]:
-    values = x.new_empty(x.shape, dtype=dtype_of(Projection.parse(key).grid))
-    return values, x.new_empty(x.shape[:1], dtype=torch.float32)
+    tokens = x.numel() // x.shape[-1]
+    values = x.new_empty((tokens, x.shape[-1]), dtype=dtype_of(Projection.parse(key).grid))
+    return values, x.new_empty((tokens,), dtype=torch.float32)
 
 
 def _decode_fake(codes: Tensor, scales: Tensor, key: str) -> tuple[Tensor, Tensor]:
@@ -153,19 +153,12 @@ def _encode_decode_fake(
     x: Tensor, prologue_args: Sequence[Tensor], operands: Sequence[Tensor | None], key: str
 ) -> list[Tensor]:
     projection = Projection.parse(key)
-    dim, dtype, tokens = projection.tokens.dim, dtype_of(projection.grid), x.numel() // x.shape[-1]
-    assert projection.first.tokens is not None
-    size = group_size_for(x, projection.first.tokens.group_size)
-    counts = [tokens, projection.out_features]
-    bias = operands[2]
+    dim, dtype, bias = projection.tokens.dim, dtype_of(projection.grid), operands[2]
     found = []
-    for rows in counts:
+    for rows in (x.numel() // x.shape[-1], projection.out_features):
         found += [x.new_empty((rows, dim), dtype=dtype), x.new_empty((rows,), dtype=torch.float32)]
     if bias is not None and len(operands) > 3:
         found.append(bias.new_empty((projection.out_features,)))
-    if size is not None:
-        means = tokens // x.shape[-2] * groups(x.shape[-2], size)
-        found += [x.new_empty((means, dim), dtype=dtype), x.new_empty((means,), dtype=torch.float32)]
     return found
 
 

@@ -22,14 +22,6 @@ def packed_of(operands: Sequence[Any]) -> Packed:
     return Packed(operands[::3], operands[1::3], operands[2::3])
 
 
-def check_means(prologue: str, group_size: int | None) -> None:
-    """Raise TensorError where tokens are centred after a prologue: means are of what is encoded."""
-    if prologue and group_size is not None:
-        raise TensorError(
-            f"means are of what is encoded: apply {prologue!r} to the tokens first, or do not centre them"
-        )
-
-
 def check_devices(x: Tensor, weights: Sequence[Tensor]) -> None:
     """Raise TensorError unless all are on one device: a kernel that is given an address of another device would end
     the process's use of this one."""

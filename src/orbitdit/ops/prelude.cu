@@ -195,6 +195,25 @@ __device__ inline u32 fma_f16x2(u32 a, u32 b, u32 c) {
   return r;
 }
 
+__device__ inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+__device__ inline u32 mul_f16x2(u32 a, u32 b) {
+  u32 r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+// Two numbers rounded to the nearest in e4m3, at most 448 (compute capability 8.9 and later).
+__device__ inline u32 f16x2_to_e4m3(u32 pair) {
+  u16 r;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(r) : "r"(pair));
+  return r;
+}
+
 // (a & b) | c in one instruction, which the compiler makes two of when b and c are constants.
 __device__ inline u32 and_or(u32 a, u32 b, u32 c) {
   u32 r;

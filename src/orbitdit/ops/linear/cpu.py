@@ -11,13 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orbitdit.grids import INT8
+from orbitdit.grids import EXACT, INT8
 from orbitdit.ops.decode import cpu as decode_cpu
 from orbitdit.ops.decode.reference import decode
 from orbitdit.ops.linear import reference
-from orbitdit.ops.operands import check_means, packed_of
-from orbitdit.ops.rotate_encode.cpu import encode, rotate_encode
-from orbitdit.ops.rotate_encode.means import add_means, group_size_for, less_means, mean_encoding, token_means
+from orbitdit.ops.operands import packed_of
+from orbitdit.ops.rotate_encode.cpu import encode, encode_exactly, rotate_encode
 from orbitdit.ops.rotate_encode.reference import apply_prologue
 from orbitdit.spec import LayerSpec, Projection
 from orbitdit.tables import constant
@@ -29,22 +28,13 @@ WEIGHT_ELEMENTS = 3 << 19
 def linear(x: Tensor, prologue_args: Sequence[Tensor], operands: Sequence[Tensor | None], key: str) -> Tensor:
     """The op `linear` on a CPU, on any grid."""
     projection, packed = Projection.parse(key), packed_of(operands)
-    tokens, means, size = _encode(x, prologue_args, key)
-
-    def multiply(encoded: tuple[Tensor, Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-        outputs = []
-        for codes, scales, bias, spec in zip(packed.codes, packed.scales, biases, projection.layers, strict=True):
-            if codes.dtype == torch.uint8:
-                outputs.append(product(encoded, Weight(codes, scales, bias), spec, projection.grid, x.dtype))
-            else:  # decoded before
-                outputs.append(reference.matmul(encoded, (codes, scales), bias, x.dtype))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-    if means is None or size is None:
-        y = multiply(tokens, packed.biases)
-    else:
-        y = multiply(tokens, [None] * len(packed.biases))
-        y = add_means(y, multiply(means, packed.biases), x.shape[-2], size)
+    encoded, outputs = _encode(x, prologue_args, projection), []
+    for codes, scales, bias, spec in zip(packed.codes, packed.scales, packed.biases, projection.layers, strict=True):
+        if codes.dtype == torch.uint8:
+            outputs.append(product(encoded, Weight(codes, scales, bias), spec, projection.grid, x.dtype))
+        else:  # decoded before
+            outputs.append(reference.matmul(encoded, (codes, scales), bias, x.dtype))
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -53,7 +43,6 @@ def encode_decode(
 ) -> list[Tensor]:
     """The op `encode_decode` on a CPU, for tests of compiled code: CUDA devices alone are asked for it."""
     projection, packed = Projection.parse(key), packed_of(operands)
-    tokens, means, _ = _encode(x, prologue_args, key)
     decoded = [
         decode(codes, scales, spec, projection.grid)
         for codes, scales, spec in zip(packed.codes, packed.scales, projection.layers, strict=True)
@@ -61,27 +50,16 @@ def encode_decode(
     values, row_scales = (torch.cat(parts) for parts in zip(*decoded, strict=True))
     biases = [bias for bias in packed.biases if bias is not None]
     collected = [torch.cat(biases)] if biases and len(packed.codes) > 1 else []
-    return [*tokens, values, row_scales, *collected, *(means or ())]
+    return [*_encode(x, prologue_args, projection), values, row_scales, *collected]
 
 
-def _encode(
-    x: Tensor, prologue_args: Sequence[Tensor], key: str
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, int | None]:
-    """Values and scales of the tokens of `x` (..., channels), those of means if there are any, and how many tokens
-    share one."""
-    projection = Projection.parse(key)
-    first = projection.first.tokens
-    size = group_size_for(x, None if first is None else first.group_size)
-    check_means(projection.prologue, size)
-    flat = x.reshape(-1, x.shape[-1])
+def _encode(x: Tensor, prologue_args: Sequence[Tensor], projection: Projection) -> tuple[Tensor, Tensor]:
+    """Values and scales of the tokens of `x` (..., channels)."""
     if projection.prologue:
         args = [t.reshape(-1, t.shape[-1]) for t in prologue_args]
-        flat = apply_prologue(flat, projection.prologue, args)
-    if size is None:
-        return rotate_encode(flat, projection.tokens), None, None
-    means = token_means(x, size)
-    of_means = rotate_encode(means, mean_encoding(key))
-    return rotate_encode(less_means(flat, means, x.shape[-2], size), projection.tokens), of_means, size
+        made = apply_prologue(x.reshape(-1, x.shape[-1]), projection.prologue, args)
+        x = made.view(*x.shape[:-1], made.shape[1])
+    return rotate_encode(x, projection.tokens)
 
 
 class Weight(NamedTuple):
@@ -105,8 +83,12 @@ def exact_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, 
     if x.dtype not in (torch.bfloat16, torch.float16):
         return reference.exact_linear(x, codes, scales, bias, spec)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    tokens = encode(x, None if spec.tokens is None else spec.tokens.bits, spec.seed or 0, dtype)
-    return _by_rows(tokens, Weight(codes, scales, bias), spec, x.dtype)
+    if spec.tokens is None:
+        values, norm = encode(x.reshape(-1, x.shape[-1]), None, spec.seed or 0, dtype)
+    else:
+        values, norm = encode_exactly(x, spec.encoding_on(EXACT), dtype)
+    y = _by_rows((values, norm.view(-1, 1)), Weight(codes, scales, bias), spec, x.dtype)
+    return y.view(*x.shape[:-1], len(codes))
 
 
 def _by_rows(tokens: tuple[Tensor, Tensor], weight: Weight, spec: LayerSpec, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from orbitdit.codebooks.lloyd_max import codebook_on, lloyd_max, look_up, nearest, on_grid
 from orbitdit.grids import INT8
 from orbitdit.ops.rotate_encode import reference
+from orbitdit.ops.rotate_encode.means import encode_centred
 from orbitdit.ops.rotate_encode.reference import EPSILON, normalize
 from orbitdit.rotation import block_hadamard, rotation
 from orbitdit.spec import Encoding
@@ -33,11 +34,23 @@ CPU = torch.device("cpu")
 def rotate_encode(x: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
     """See reference.py; fast for int8 and 16-bit tokens."""
     if encoding.grid != INT8.name or x.dtype not in (torch.bfloat16, torch.float16):
-        values, scales = reference.rotate_encode(x, encoding)
-    else:
-        values, norm = encode(x, encoding.bits, encoding.seed, torch.int8)
-        scales = norm.flatten() * _token_codebook(encoding.dim, encoding.bits, torch.int8).scale
-    return values, scales if encoding.gain == 1 else scales * encoding.gain
+        return reference.rotate_encode(x, encoding)
+    if encoding.group_size is not None:
+        return encode_centred(x, encoding, rotate_encode)
+    values, norm = encode(x.reshape(-1, encoding.dim), encoding.bits, encoding.seed, torch.int8)
+    return values, norm.flatten() * _token_codebook(encoding.dim, encoding.bits, torch.int8).scale
+
+
+def encode_exactly(x: Tensor, encoding: Encoding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See reference.py; of bf16 and fp16 tokens `x` (..., dim)."""
+
+    def centroids(x: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
+        values, norm = encode(x, encoding.bits, encoding.seed, dtype)
+        return values, norm.flatten()
+
+    if encoding.group_size is not None:
+        return encode_centred(x, encoding, centroids)
+    return centroids(x.reshape(-1, encoding.dim), encoding)
 
 
 class TokenCodebook(NamedTuple):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from orbitdit.codebooks.lloyd_max import on_grid
 from orbitdit.errors import TensorError
-from orbitdit.grids import GRIDS, dtype_of
+from orbitdit.grids import E4M3, GRIDS, INT8, dtype_of
 from orbitdit.ops.nvrtc import kernel, num_sms, readable, upload
-from orbitdit.ops.rotate_encode.means import groups
+from orbitdit.ops.rotate_encode.means import groups, mean_gain, parts_of, reaches, sample_of
 from orbitdit.ops.rotate_encode.reference import NORM_EPSILONS, encoded_width
 from orbitdit.rotation import rotation
 from orbitdit.spec import Encoding
@@ -26,23 +26,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TILE = 256
 
 
-class Means(NamedTuple):
-    """`rows` (samples * groups, dim) that tokens are encoded less of: `group_size` consecutive ones of the `tokens` of
-    a sample have one (see means.py)."""
-
-    rows: Tensor
-    tokens: int
-    group_size: int
-
-
 class Kind(NamedTuple):
     """What a kernel is compiled for beside the encoding: fp16 (else bf16), the prologue, the channels that come before
-    its activation, and whether tokens are centred."""
+    its activation, whether it makes means, and the grid ("" for none) on which it adds them."""
 
     half: bool = False
     prologue: str = ""
     first: int = 0
-    centred: bool = False
+    average: bool = False
+    centred: str = ""
 
 
 class Tile(NamedTuple):
@@ -79,6 +71,14 @@ BEST_TILES = {
 """By width, where measurement on an H200 found something better, or shared memory is too small for the other."""
 NORM_TILES = {3840: Tile(2, 1, 1, 8, 4)}
 """By width, for norms: they keep a token in registers, and ptxas spills none of it for sm_90 with these."""
+AVERAGE_TILES = {
+    1: Tile(1, 1, 1, 8, 3),
+    2: Tile(1, 1, 2, 8, 3),
+    4: Tile(1, 1, 4, 8, 3),
+    8: Tile(1, 4, 2, 8, 3),
+    16: Tile(1, 4, 4, 8, 3, True, True),
+}
+"""By h / 256, for means: most of the time goes into reading many tokens for each."""
 MAX_DIM = 24064
 """What is staged must fit into the 99 KiB of shared memory that a block has on compute capability 8.6 and 8.9."""
 BINS = 4096
@@ -94,60 +94,69 @@ def has_kernel(dim: int) -> bool:
 def rotate_encode(
     x: Tensor, encoding: Encoding, prologue: str = "", prologue_args: Sequence[Tensor] = (), tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Values (tokens, dim) on the grid and scales (tokens,) fp32 of what `prologue` makes of bf16 or fp16 `x` (tokens,
-    channels); see reference.py. `prologue_args` are read in the dtype of `x`.
+    """Values (tokens, dim) on the grid and scales (tokens,) fp32 of what `prologue` makes of bf16 or fp16 `x` (...,
+    channels); see reference.py. `prologue_args` (rows, channels) are read in the dtype of `x`; each of their rows is
+    for one token or, of a norm, for as many tokens as there are to a row.
 
     Raises TensorError for other dtypes and for widths that `has_kernel` refuses.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TensorError(f"rotate_encode takes bf16 or fp16 tokens; got {x.dtype}")
-    shape = (x.shape[0], encoded_width(x, prologue, prologue_args))
-    values = torch.empty(shape, dtype=dtype_of(encoding.grid), device=x.device)
-    scales = torch.empty(shape[0], dtype=torch.float32, device=x.device)
-    rotate_encode_into((values, scales), x, encoding, prologue, prologue_args, tile=tile)
+    tokens, in_sample = x.numel() // max(1, x.shape[-1]), sample_of(x)
+    x, prologue_args = _rows(x), [_rows(t) for t in prologue_args]
+    dim = encoded_width(x, prologue, prologue_args)
+    values = torch.empty((tokens, dim), dtype=dtype_of(encoding.grid), device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    if not tokens:
+        return values, scales
+    kind = Kind(x.dtype == torch.float16, prologue, dim - x.shape[1])
+    source, more = _source(x, prologue, prologue_args)
+    device, size = x.device.index, encoding.group_size
+    if size is None:
+        launch = _launcher(encoding, kind, tile, device)
+        launch(source[0], values.data_ptr(), scales.data_ptr(), tokens, *more)
+        return values, scales
+    grouping = in_sample, groups(in_sample, size), size
+    means = tokens // in_sample * grouping[1]
+    # of each: the mean, and its values in fp16, and its scale
+    scratch = torch.empty(means * (2 * dim + 2), dtype=torch.float16, device=x.device)
+    rows = scratch.data_ptr()
+    mean_values, mean_scales = rows + 2 * means * dim, rows + 4 * means * dim
+    average = _launcher(encoding, kind._replace(average=True), None, device)
+    average(source[0], mean_values, mean_scales, means, *more, rows, *grouping)
+    launch = _launcher(encoding, kind._replace(centred=encoding.grid), tile, device)
+    centring = rows, mean_values, mean_scales, *grouping, *reaches(encoding)
+    launch(source[0], values.data_ptr(), scales.data_ptr(), tokens, *more, *centring)
     return values, scales
 
 
-def rotate_encode_into(
-    out: tuple[Tensor, Tensor],
-    x: Tensor,
-    encoding: Encoding,
-    prologue: str = "",
-    prologue_args: Sequence[Tensor] = (),
-    means: Means | None = None,
-    tile: Tile | None = None,
-) -> None:
-    """`rotate_encode`, of tokens less their `means`, into contiguous values (tokens, dim) and scales of as many numbers
-    as tokens. Means are read in the dtype of `x`."""
-    values, scales = out
-    tokens, dim = values.shape
-    if not tokens:
-        return
-    first = dim - x.shape[1]  # channels before the activation
-    kind = Kind(x.dtype == torch.float16, prologue, first, means is not None)
-    launch = _launcher(encoding, kind, tile, x.device.index)
-    centring: tuple[int, ...] = ()
-    if means is not None:
-        rows = readable(means.rows)
-        centring = rows.data_ptr(), means.tokens, groups(means.tokens, means.group_size), means.group_size
+def _rows(x: Tensor) -> Tensor:
+    """(..., channels) as (rows, channels)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _source(
+    x: Tensor, prologue: str, prologue_args: Sequence[Tensor]
+) -> tuple[tuple[int, list[Tensor]], tuple[int | float, ...]]:
+    """The address of tokens `x` (tokens, channels), the tensors that must live until the launch, and the arguments
+    that the prologue adds to the kernel's."""
     if not prologue:
-        launch(readable(x).data_ptr(), values.data_ptr(), scales.data_ptr(), tokens, *centring)
-        return
+        x = readable(x)
+        return (x.data_ptr(), [x]), ()
+    tokens = x.shape[0]
     x, *others = (_readable_rows(t.to(x.dtype)) for t in (x, *prologue_args))
-    more: tuple[int | float, ...]
     if prologue in ("gelu", "silu"):
         other = others[0] if others else x
-        more = other.data_ptr(), other.stride(0), x.stride(0)
+        return (x.data_ptr(), [x, other]), (other.data_ptr(), other.stride(0), x.stride(0))
+    x = x.contiguous()
+    scale: Tensor | None
+    if prologue == "rms_norm":
+        extra, scale = others[0], others[1] if len(others) > 1 else None
     else:
-        x = x.contiguous()
-        scale: Tensor | None
-        if prologue == "rms_norm":
-            extra, scale = others[0], others[1] if len(others) > 1 else None
-        else:
-            scale, extra = others if others[0].stride(0) == others[1].stride(0) else [t.contiguous() for t in others]
-        address, pitch, batch = (0, 0, 1) if scale is None else (scale.data_ptr(), scale.stride(0), scale.shape[0])
-        more = address, extra.data_ptr(), pitch, tokens // batch, NORM_EPSILONS[prologue]
-    launch(x.data_ptr(), values.data_ptr(), scales.data_ptr(), tokens, *more, *centring)
+        scale, extra = others if others[0].stride(0) == others[1].stride(0) else [t.contiguous() for t in others]
+    address, pitch, batch = (0, 0, 1) if scale is None else (scale.data_ptr(), scale.stride(0), scale.shape[0])
+    more = address, extra.data_ptr(), pitch, tokens // batch, NORM_EPSILONS[prologue]
+    return (x.data_ptr(), [x, extra] if scale is None else [x, extra, scale]), more
 
 
 def _readable_rows(x: Tensor) -> Tensor:
@@ -156,8 +165,10 @@ def _readable_rows(x: Tensor) -> Tensor:
     return x if aligned else x.contiguous()
 
 
-def tile_of(dim: int, prologue: str = "") -> Tile:
-    """The tile for a width and the prologue of its encoding."""
+def tile_of(dim: int, prologue: str = "", average: bool = False) -> Tile:
+    """The tile for a width, the prologue of its encoding, and whether it is of means."""
+    if average:
+        return AVERAGE_TILES[_factor(dim)]
     own = NORM_TILES.get(dim) if prologue in NORM_EPSILONS else None
     return own or BEST_TILES.get(dim) or TILES[_factor(dim)]
 
@@ -170,17 +181,18 @@ def _launcher(encoding: Encoding, kind: Kind, tile: Tile | None, device: int) ->
         raise TensorError(f"rotate_encode has no kernel for tokens of width {dim}: run this layer on the grid 'exact'")
     if kind.first % 8:
         raise TensorError(f"rotate_encode takes a multiple of 8 channels beside those of GELU; got {kind.first}")
-    tile = tile or tile_of(dim, kind.prologue)
-    table, slope, scale = code_bins(dim, encoding.bits, encoding.grid)
-    defines = compile_options(dim, encoding.bits, tile, kind)
-    signature = "PPPPPifff" + SIGNATURES[kind.prologue] + ("Piii" if kind.centred else "")
+    tile = tile or tile_of(dim, kind.prologue, kind.average)
+    coded = parts_of(encoding)[int(kind.average)] if kind.average or kind.centred else encoding
+    table, slope, scale = code_bins(dim, coded.bits, coded.grid, 128 if kind.average or kind.centred else 0)
+    defines = compile_options(dim, coded.bits, tile, kind)
+    signature = "PPPPPifff" + SIGNATURES[kind.prologue] + centring_signature(kind)
     built = kernel("rotate_encode/rotate_encode.cu", "rotate_encode", tuple(defines.items()), signature, device)
     gather_on, table_on = upload(gather_table(dim, encoding.seed, tile.tokens), device), upload(table, device)
-    shared = shared_bytes(dim, tile)
+    shared = shared_bytes(dim, tile, kind.average)
     threads = 32 * tile.warps
     resident = num_sms(device) * max(1, built.blocks_per_processor(threads, shared))
     to_unit, slope = scaling(dim, slope, tile)
-    scale *= encoding.gain
+    scale *= mean_gain(encoding) if kind.average else 1.0
 
     def launch(x: int, values: int, scales: int, tokens: int, *more: int | float) -> None:
         groups = -(-tokens // tile.tokens)
@@ -192,7 +204,13 @@ def _launcher(encoding: Encoding, kind: Kind, tile: Tile | None, device: int) ->
     return launch
 
 
+def centring_signature(kind: Kind) -> str:
+    """The arguments that means add to a kernel's."""
+    return "Piii" if kind.average else "PPPiiiff" if kind.centred else ""
+
+
 NO_KIND = Kind()
+CENTRED = ("", E4M3.name, INT8.name)
 
 
 def compile_options(dim: int, bits: int, tile: Tile, kind: Kind = NO_KIND) -> dict[str, int]:
@@ -213,15 +231,16 @@ def compile_options(dim: int, bits: int, tile: Tile, kind: Kind = NO_KIND) -> di
         "HALF": int(kind.half),
         "BEFORE": list(SIGNATURES).index(kind.prologue),
         "FIRST": kind.first,
-        "CENTRED": int(kind.centred),
+        "AVERAGE": int(kind.average),
+        "CENTRED": CENTRED.index(kind.centred),
     }
 
 
-def shared_bytes(dim: int, tile: Tile) -> int:
+def shared_bytes(dim: int, tile: Tile, average: bool = False) -> int:
     """Dynamic shared memory: the staged tokens (a short one and the next) with 8 channels of zeros, and what warps
     exchange."""
     exchanged = tile.warps // tile.factor2 * tile.factor1 * tile.factor2 * tile.tokens * 512 if tile.split else 0
-    staged = 2 if tile.tokens == 1 and dim <= 4096 else tile.tokens
+    staged = 2 if tile.tokens == 1 and dim <= 4096 and not average else tile.tokens
     return 2 * staged * (dim + 8) + exchanged
 
 
@@ -275,8 +294,9 @@ def _factor(dim: int) -> int:
     return max(1, (dim & -dim) // TILE)
 
 
-def code_bins(dim: int, bits: int, grid: str) -> tuple[Array, float, float]:
-    """The kernel's table as bytes, the slope of bins over coordinates of unit variance, and the codebook's scale.
+def code_bins(dim: int, bits: int, grid: str, more: int = 0) -> tuple[Array, float, float]:
+    """The kernel's table as bytes, the slope of bins over coordinates of unit variance, and the codebook's scale. Bytes
+    of the grid are as many `more`.
 
     Up to 4 bits the table is 32 words: coordinate z lies at z * slope + 0.5 of the row of bins, and a word holds a
     boundary's place in its bin above 16 bits, then the grid byte above the boundary, then the one below. For more it
@@ -286,7 +306,7 @@ def code_bins(dim: int, bits: int, grid: str) -> tuple[Array, float, float]:
     """
     codebook = on_grid(dim, bits, grid, True)
     boundaries = codebook.boundaries.numpy() * dim**0.5
-    values = GRIDS[grid].bytes_of(codebook.values)
+    values = GRIDS[grid].bytes_of(codebook.values) + np.uint8(more)
     if bits <= 4:
         slope = float(0.5 / (1.02 * np.abs(boundaries).max()))
         place = np.floor((boundaries * slope + 0.5) * (2.0**21 - 1)).astype(np.int64)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from orbitdit.codebooks.lloyd_max import code_table, codebook_on, look_up, nearest, nearest_by_table, on_grid
 from orbitdit.grids import dtype_of
+from orbitdit.ops.rotate_encode.means import encode_centred
 from orbitdit.rotation import rotation
 from orbitdit.spec import Encoding
 from orbitdit.tables import constant
@@ -57,14 +58,29 @@ def encoded_width(x: Tensor, prologue: str, prologue_args: Sequence[Tensor]) -> 
 
 
 def rotate_encode(x: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
-    """Tokens `x` (tokens, dim) to values (tokens, dim) on the grid and scales (tokens,) fp32.
+    """Tokens `x` (..., dim) to values (tokens, dim) on the grid and scales (tokens,) fp32.
 
-    Value * scale is the nearest point of the grid's codebook to R x, in fp32.
+    Value * scale is the nearest point of the grid's codebook to R x, in fp32, or the sum of two such points if tokens
+    are centred (see means.py).
     """
-    unit, norm = normalize(x)
+    if encoding.group_size is not None:
+        return encode_centred(x, encoding, rotate_encode)
+    unit, norm = normalize(x.reshape(-1, encoding.dim))
     values, boundaries, scale = _token_codebook(encoding.dim, encoding.bits, encoding.grid, x.device)
     codes = nearest(rotation(encoding.dim, encoding.seed).apply(unit), boundaries)
     return look_up(codes, values.view(torch.uint8)).view(values.dtype), norm.flatten() * scale
+
+
+def encode_exactly(x: Tensor, encoding: Encoding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `rotate_encode` without a grid: the centroids, or their sums, in `dtype`, and norms (tokens,) fp32."""
+
+    def encode(x: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
+        codes, norm = encode_tokens(x, encoding.bits, encoding.seed)
+        return look_up(codes, codebook_on(encoding.dim, encoding.bits, x.device, dtype).centroids), norm.flatten()
+
+    if encoding.group_size is not None:
+        return encode_centred(x, encoding, encode)
+    return encode(x.reshape(-1, encoding.dim), encoding)
 
 
 def encode_tokens(x: Tensor, bits: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -27,23 +27,31 @@
 // row of scale and shift is for `batch_tokens` tokens. 3, silu(x) * extra, as a gated MLP has it. 4, RMSNorm(x) times
 // the weight and (1 + scale), or the weight alone where `scale` is null. All in fp32, rounded to 16 bits once.
 //
-// Tokens may be encoded less a mean that they share (CENTRED): `each` consecutive ones of the `picture_tokens` of a
-// picture, of which there are `groups`, have one row of `means`. The difference is rounded to 16 bits too.
+// Tokens may be encoded as the sum of a mean that they share and of what is left without it (see means.py): `each`
+// consecutive ones of the `sample_tokens` of a sample, which has `groups` of them, share one. That takes two launches.
+// The first (AVERAGE) makes a token of each group: the mean of what the step before makes of its tokens, rounded to 16
+// bits, 0 where it is not finite. It writes the rows of `means` and encodes them; their values come out in fp16. The
+// second (CENTRED) encodes tokens less their mean, rounded to 16 bits too, and adds the mean's values in fp16: with a
+// scale for the largest sum that the two codebooks have, it is rounded to the grid (e4m3 or int8, as CENTRED says).
+// Both codebooks are on the grid int8, and their tables have 128 more, so that a byte comes to fp16 at full rate. A
+// block takes consecutive tokens, so that the L1 cache holds their mean, and blocks begin with the last tokens, which
+// the L2 cache still holds.
 //
 // A block that takes one short token at a time has two places for it: while one is worked on, the next is on its way to
 // the other, without registers (ASYNC). Two tokens do not lie in shared memory as they arrive, so their way is through
 // registers, and long ones would leave room for fewer blocks.
 //
-// Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS, BINS, WARPS, SPLIT
-// (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), BUTTERFLIES, HALF (fp16, else bf16), MIN_BLOCKS (a processor, for
-// the compiler's choice of registers), BEFORE, FIRST (a multiple of 8), CENTRED.
+// Compile-time: DIM (a multiple of 16), TOKENS (1, 2, 4; 1 with AVERAGE), FACTOR1, FACTOR2, ROW_BITS, COLUMN_BITS,
+// BINS, WARPS, SPLIT (0, or 1 where FACTOR2 divides FACTOR1 and WARPS), BUTTERFLIES, HALF (fp16, else bf16), MIN_BLOCKS
+// (a processor, for the compiler's choice of registers), BEFORE, FIRST (a multiple of 8), AVERAGE, CENTRED (0; 1 on
+// e4m3, 2 on int8).
 
 #define TILES (FACTOR1 * FACTOR2)
 #define THREADS (WARPS * 32)
 #define VECTORS (DIM / 8)
 #define UNITS ((DIM + 256 * TILES - 1) / (256 * TILES))
 #define STEPS ((VECTORS + THREADS - 1) / THREADS)  // vectors of a token a thread
-#define ASYNC (TOKENS == 1 && DIM <= 4096)
+#define ASYNC (TOKENS == 1 && DIM <= 4096 && !AVERAGE)
 #define STAGE_BYTES (TOKENS * (DIM + 8) * 2)
 #define STAGES_BYTES ((ASYNC ? 2 : 1) * STAGE_BYTES)
 #define GELU (BEFORE == 1)
@@ -52,7 +60,8 @@
 #define RMS_NORM (BEFORE == 4)
 #define NORM (LAYER_NORM || RMS_NORM)
 #define AT_A_TIME ((SILU ? 4 : 8) / TOKENS)
-#define LOADS (NORM || STEPS < AT_A_TIME ? STEPS : AT_A_TIME)  // that it asks for at a time; norms need all of a token
+// what it asks for at a time: norms need all of a token, and means are of many
+#define LOADS (AVERAGE ? 1 : NORM || STEPS < AT_A_TIME ? STEPS : AT_A_TIME)
 #define SIDE_BY_SIDE (SPLIT ? WARPS / FACTOR2 : WARPS)  // units that a block has in hand
 #define ROUNDS ((UNITS + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE)
 
@@ -62,15 +71,20 @@
 #define mma_input_first mma_f16_first
 #define mma_input_k8 mma_f16_k8
 #define pack_input pack_f16
+#define fma_input_x2 fma_f16x2
 #define ONE 0x3c00u
+#define LARGEST 65504.f
 #else
 #define input_to_float bf16_to_float
 #define mma_input mma_bf16
 #define mma_input_first mma_bf16_first
 #define mma_input_k8 mma_bf16_k8
 #define pack_input pack_bf16
+#define fma_input_x2 fma_bf16x2
 #define ONE 0x3f80u
+#define LARGEST 3.3895314e38f
 #endif
+#define GROUP 16  // tokens that share a mean, at most
 
 // An entry of the Hadamard matrix over the bits in `mask` (identity over the others) as 16 bits, `one` being 1.0.
 __device__ inline u32 entry(int row, int column, int mask, u32 one) {
@@ -173,6 +187,34 @@ __device__ inline void add_squares(float (&squares)[2][4], uint4 r) {
   mma_input_k8(squares[1], r.z, r.w, r.w);
 }
 
+// Adds the numbers of a vector to `total`, whose sum is that of the first column: c[0] and c[2] of lanes with q = 0.
+__device__ inline void add_numbers(float (&total)[4], uint4 r) {
+  mma_input_k8(total, r.x, r.y, ONE * 0x10001u);
+  mma_input_k8(total, r.z, r.w, ONE * 0x10001u);
+}
+
+// a - b for all eight numbers, rounded once.
+__device__ inline uint4 less(uint4 a, uint4 b) {
+  const u32 minus_one = (ONE | 0x8000u) * 0x10001u;
+  return make_uint4(fma_input_x2(b.x, minus_one, a.x), fma_input_x2(b.y, minus_one, a.y),
+                    fma_input_x2(b.z, minus_one, a.z), fma_input_x2(b.w, minus_one, a.w));
+}
+
+// Two bytes, 128 more than an int8 number each, as fp16: 0x64.. is 1024 and more, where fp16 holds the integers.
+__device__ inline u32 numbers_of(u32 low, u32 high) {
+  return fma_f16x2(and_or(__byte_perm(low, high, 0x0400), 0x00ff00ffu, 0x64006400u), 0x3c003c00u, 0xe480e480u);
+}
+
+// Four numbers in fp16, two a register, as bytes of the grid.
+__device__ inline u32 to_grid(u32 low, u32 high) {
+#if CENTRED == 1
+  return f16x2_to_e4m3(low) | f16x2_to_e4m3(high) << 16;
+#else  // 1536 + k ends in the byte k
+  const auto rounded = [](u32 pair) { return fma_f16x2(pair, 0x3c003c00u, 0x66006600u); };
+  return __byte_perm(rounded(low), rounded(high), 0x6420);
+#endif
+}
+
 // A lane's part of the sum of those diagonals.
 __device__ inline float diagonal_of(const float (&squares)[2][4]) {
   const int g = threadIdx.x >> 2 & 7, q = threadIdx.x & 3;
@@ -208,15 +250,20 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 #else
 #define SOURCE
 #endif
-#if CENTRED
-#define MEANS , const u16* __restrict__ means, int picture_tokens, int groups, int each
+#if AVERAGE
+#define MEANS , u16* __restrict__ means, int sample_tokens, int groups, int each
+#elif CENTRED  // reach: of the sum's scale, what a codebook's scale takes
+#define MEANS                                                                                      \
+  , const u16* __restrict__ means, const u16* __restrict__ mean_values, const float* __restrict__ mean_scales, \
+      int sample_tokens, int groups, int each, float own_reach, float mean_reach
 #else
 #define MEANS
 #endif
 
 // x (tokens, DIM - FIRST), `pitch` numbers from row to row with GELU and SILU; gather (tiles, 32 lanes, 8) u16: place
 // in shared memory, and in the highest bit the sign; table: 32 words or BINS bytes; out (tokens, DIM) grid bytes,
-// scales (tokens,). Dynamic shared memory: STAGES_BYTES and, with SPLIT, 512 for each token and tile that a block has
+// scales (tokens,). With AVERAGE, `tokens` are groups; means (groups of all samples, DIM) in 16 bits, and their
+// values in fp16, with AVERAGE in `out`. Dynamic shared memory: STAGES_BYTES and, with SPLIT, 512 for each token and tile that a block has
 // in hand.
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
@@ -225,12 +272,14 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if BINS > 32
   __shared__ uint4 bins[BINS / 16];
   const float base = index_base(bins);
-  for (int i = threadIdx.x; i < BINS / 16; i += THREADS) bins[i] = table[i];
+  for (int i = threadIdx.x; i < BINS / 16; i += THREADS) copy_async(bins + i, table + i);
 #else
   const u32 bin = reinterpret_cast<const u32*>(table)[threadIdx.x & 31];
 #endif
   __shared__ float partial[TOKENS][WARPS];
-#if NORM
+#if NORM && AVERAGE
+  __shared__ float norms[2][GROUP];  // mean, and 1 / the standard deviation, of each token
+#elif NORM
   __shared__ float moments[2][TOKENS][WARPS];
 #endif
   u8* staged = dynamic_shared();
@@ -253,8 +302,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   // Token t of those at hand, past the end the last one; and its vector v.
   auto token_of = [&](int first, int t) { return min(first + t, tokens - 1); };
-  auto source = [&](int first, int v, int t) {
-    const i64 token = token_of(first, t);
+  auto source = [&](i64 token, int v) {
 #if GELU || SILU
     if (v * 8 < FIRST) return extra + token * extra_pitch + v * 8;
     return x + token * pitch + (v * 8 - FIRST);
@@ -263,36 +311,111 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
   };
 
+#if CENTRED  // a block's tokens are consecutive, counted from the last
+  const int turns = (tokens + TOKENS - 1) / TOKENS, of_block = (turns + gridDim.x - 1) / gridDim.x * TOKENS;
+  const int begin = blockIdx.x * of_block, next = TOKENS, end = min(begin + of_block, turns * TOKENS);
+  auto token_at = [&](int at) { return (turns - 1) * TOKENS - at; };
+#else
+  const int begin = blockIdx.x * TOKENS, next = gridDim.x * TOKENS, end = tokens;
+  auto token_at = [](int at) { return at; };
+#endif
+
 #if ASYNC
   auto fetch = [&](int first, u8* to) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       const int v = step * THREADS + threadIdx.x;
-      if ((step + 1) * THREADS <= VECTORS || v < VECTORS) copy_async(to + v * 16, source(first, v, 0));
+      if ((step + 1) * THREADS <= VECTORS || v < VECTORS) copy_async(to + v * 16, source(first, v));
     }
   };
-  if (blockIdx.x < tokens) fetch(blockIdx.x, staged);
+  if (begin < end) fetch(token_at(begin), staged);
   u8* other = staged + STAGE_BYTES;
 #endif
 
-  for (int first = blockIdx.x * TOKENS; first < tokens; first += gridDim.x * TOKENS) {
+  for (int at = begin; at < end; at += next) {
+    const int first = token_at(at);
 #if ASYNC
     wait_for_copies();  // of this thread: the others are waited for at the next barrier
-    if (first + gridDim.x < tokens) fetch(first + gridDim.x, other);
+    if (at + next < end) fetch(token_at(at + next), other);
 #endif
 #if CENTRED
-    const u16* mean_of[TOKENS];
+    int group_of[TOKENS];
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
-      const int token = token_of(first, t), picture = token / picture_tokens;
-      mean_of[t] = means + static_cast<i64>(picture * groups + (token - picture * picture_tokens) / each) * DIM;
+      const int token = token_of(first, t), sample = token / sample_tokens;
+      group_of[t] = sample * groups + (token - sample * sample_tokens) / each;
     }
+#elif AVERAGE
+    const int sample = first / groups, in_sample = (first - sample * groups) * each;
+    const i64 group_start = static_cast<i64>(sample) * sample_tokens + in_sample;
+    const int count = min(each, sample_tokens - in_sample);
+#if NORM
+    for (int i = warp; i < count; i += WARPS) {  // a warp takes the moments of a token
+      float total[4] = {}, raw[2][4] = {};
+#pragma unroll 4
+      for (int v = lane; v < (VECTORS + 31) / 32 * 32; v += 32) {
+        uint4 r = make_uint4(0, 0, 0, 0);
+        if (v < VECTORS) r = __ldg(reinterpret_cast<const uint4*>(source(group_start + i, v)));
+        add_squares(raw, r);
+        if (!RMS_NORM) add_numbers(total, r);
+      }
+      const float sum = sum_of_warp(q == 0 ? total[0] + total[2] : 0.f), all_squares = sum_of_warp(diagonal_of(raw));
+      const float mean = RMS_NORM ? 0.f : sum * (1.f / DIM);
+      const float variance = __fmaf_rn(-mean, mean, all_squares * (1.f / DIM));
+      if (lane == 0) norms[0][i] = mean, norms[1][i] = rsqrtf((variance < 0.f ? 0.f : variance) + epsilon);
+    }
+    __syncthreads();
+#endif
+    // Vector v of the group's mean.
+    auto mean_of_group = [&](int v) {
+      float sum[8] = {};
+#pragma unroll 8
+      for (int i = 0; i < count; ++i) {
+        const i64 token = group_start + i;
+        const uint4 r = __ldg(reinterpret_cast<const uint4*>(source(token, v)));
+#if SILU
+        const uint4 gates = __ldg(reinterpret_cast<const uint4*>(extra + token * extra_pitch + v * 8));
+#elif NORM
+        const float mean = norms[0][i], deviation = norms[1][i];
+#endif
+#pragma unroll
+        for (int channel = 0; channel < 8; ++channel) {
+          const float number = channel_of(r, channel);
+#if GELU
+          sum[channel] += v * 8 < FIRST ? number : gelu(number, channel);
+#elif SILU
+          sum[channel] += silu(number) * channel_of(gates, channel);
+#elif NORM
+          sum[channel] += (number - mean) * deviation;
+#else
+          sum[channel] += number;
+#endif
+        }
+      }
+#if NORM
+      const i64 at = group_start / batch_tokens * pitch + v * 8;
+      const auto row = [](const u16* p) { return __ldg(reinterpret_cast<const uint4*>(p)); };
+      const uint4 scales_of = RMS_NORM && !scale ? make_uint4(0, 0, 0, 0) : row(scale + at);
+      const uint4 extras_of = row(extra + (RMS_NORM ? v * 8 : at));
+#endif
+      uint4 means_of = make_uint4(0, 0, 0, 0);
+      means_of = change_all(means_of, [&](float, int channel) {
+        float mean = sum[channel] / static_cast<float>(count);
+#if NORM
+        const float gain = 1.f + channel_of(scales_of, channel), other = channel_of(extras_of, channel);
+        mean = RMS_NORM ? mean * (gain * other) : __fmaf_rn(mean, gain, other);
+#endif
+        return fabsf(mean) <= LARGEST ? mean : 0.f;
+      });
+      *reinterpret_cast<uint4*>(means + static_cast<i64>(first) * DIM + v * 8) = means_of;
+      return means_of;
+    };
 #endif
     float squares[TOKENS][2][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += LOADS) {
       uint4 loaded[LOADS][TOKENS];
-#if SILU
+#if SILU && !AVERAGE
       uint4 gates[LOADS][TOKENS];
 #endif
 #pragma unroll
@@ -302,17 +425,19 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
           const int v = (step + l) * THREADS + threadIdx.x;
           if ((step + l + 1) * THREADS > VECTORS) loaded[l][t] = make_uint4(0, 0, 0, 0);
           if ((step + l + 1) * THREADS <= VECTORS || v < VECTORS) {
-#if ASYNC
+#if AVERAGE
+            loaded[l][t] = mean_of_group(v);
+#elif ASYNC
             loaded[l][t] = reinterpret_cast<const uint4*>(staged)[v];
 #else
-            loaded[l][t] = load_streaming(source(first, v, t));
+            loaded[l][t] = load_streaming(source(token_of(first, t), v));
 #endif
-#if SILU
+#if SILU && !AVERAGE
             gates[l][t] = load_streaming(extra + static_cast<i64>(token_of(first, t)) * extra_pitch + v * 8);
 #endif
           }
         }
-#if NORM
+#if NORM && !AVERAGE
       float mean[TOKENS], deviation[TOKENS];  // of 1 / the standard deviation; an RMSNorm takes the mean for zero
 #pragma unroll
       for (int t = 0; t < TOKENS; ++t) {
@@ -320,9 +445,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
         for (int l = 0; l < LOADS; ++l) {
           add_squares(raw, loaded[l][t]);
-          if (RMS_NORM) continue;
-          mma_input_k8(total, loaded[l][t].x, loaded[l][t].y, ONE * 0x10001u);
-          mma_input_k8(total, loaded[l][t].z, loaded[l][t].w, ONE * 0x10001u);
+          if (!RMS_NORM) add_numbers(total, loaded[l][t]);
         }
         const float sum = sum_of_warp(q == 0 ? total[0] + total[2] : 0.f);
         const float sum_of_squares = sum_of_warp(diagonal_of(raw));
@@ -347,7 +470,8 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
           uint4& r = loaded[l][t];
-#if GELU
+#if AVERAGE  // all is done
+#elif GELU
           if (v * 8 >= FIRST) r = change_all(r, gelu);
 #elif SILU
           const auto gated = [&](float number, int i) { return silu(number) * channel_of(gates[l][t], i); };
@@ -366,10 +490,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
           }
 #endif
 #if CENTRED
-          if (inside) {
-            const uint4 m = __ldg(reinterpret_cast<const uint4*>(mean_of[t]) + v);
-            r = change_all(r, [&](float number, int channel) { return number - channel_of(m, channel); });
-          }
+          if (inside) r = less(r, __ldg(reinterpret_cast<const uint4*>(means + static_cast<i64>(group_of[t]) * DIM) + v));
 #endif
           add_squares(squares[t], r);
         }
@@ -383,6 +504,9 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
       const float sum = sum_of_warp(diagonal_of(squares[t]));
       if (lane == 0) partial[t][warp] = sum;
     }
+#if BINS > 32 && !ASYNC
+    wait_for_copies();  // of the bins
+#endif
     __syncthreads();
 
     float norm[TOKENS];
@@ -402,9 +526,21 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 
     float factor[TOKENS], rise[TOKENS];
     u32 scaled[TOKENS][4];
+#if CENTRED
+    u32 own_factor[TOKENS], mean_factor[TOKENS];  // in both halves
+#endif
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
-      if (threadIdx.x == t && first + t < tokens) scales[first + t] = norm[t] * grid_scale;
+      float token_scale = norm[t] * grid_scale;
+#if CENTRED
+      const float own = token_scale, of_mean = __ldg(mean_scales + group_of[t]);
+      token_scale = __fmaf_rn(own, own_reach, of_mean * mean_reach);
+      const bool usual = token_scale > 0.f && token_scale < 3e38f;
+      const float own_part = usual ? own / token_scale : 0.f, mean_part = usual ? of_mean / token_scale : 0.f;
+      own_factor[t] = pack_f16(own_part, own_part);
+      mean_factor[t] = pack_f16(mean_part, mean_part);
+#endif
+      if (threadIdx.x == t && first + t < tokens) scales[first + t] = token_scale;
       factor[t] = to_unit / (norm[t] + 1e-10f);
       const u32 bits = __float_as_uint(factor[t]);
       rise[t] = HALF ? slope : slope * __uint_as_float((bits & 0x7fffffu) | 0x3f800000u);
@@ -504,6 +640,12 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
             else
               mma_f16(sum[n], middle[f2], right[__popc(o2 & f2) & 1][n]);
 #endif
+        const int index = (unit * TILES + o2 * FACTOR1 + o1) * 256 + lane * 8;
+        const bool inside = DIM % 256 == 0 || index < DIM;
+#if CENTRED
+        uint4 of_mean = make_uint4(0, 0, 0, 0);
+        if (inside) of_mean = __ldg(reinterpret_cast<const uint4*>(mean_values + static_cast<i64>(group_of[t]) * DIM + index));
+#endif
         u32 byte[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {  // bits of i: c0, c3, r3
@@ -515,10 +657,25 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
           byte[i] = shift_if_greater(__shfl_sync(0xffffffffu, bin, place >> 16), place << 16);
 #endif
         }
-        const int index = (unit * TILES + o2 * FACTOR1 + o1) * 256 + lane * 8;
-        if (first + t < tokens && (DIM % 256 == 0 || index < DIM))
-          *reinterpret_cast<uint2*>(out + static_cast<i64>(first + t) * DIM + index) =
-              make_uint2(join(byte[0], byte[1], byte[2], byte[3]), join(byte[4], byte[5], byte[6], byte[7]));
+        if (first + t >= tokens || !inside) continue;
+        const i64 to = static_cast<i64>(first + t) * DIM + index;
+#if AVERAGE || CENTRED
+        uint4 numbers = make_uint4(numbers_of(byte[0], byte[1]), numbers_of(byte[2], byte[3]),
+                                   numbers_of(byte[4], byte[5]), numbers_of(byte[6], byte[7]));
+#endif
+#if AVERAGE
+        *reinterpret_cast<uint4*>(reinterpret_cast<u16*>(out) + to) = numbers;
+#elif CENTRED
+        const auto both = [&](u32 own, u32 mean) {
+          return fma_f16x2(own, own_factor[t], mul_f16x2(mean, mean_factor[t]));
+        };
+        *reinterpret_cast<uint2*>(out + to) =
+            make_uint2(to_grid(both(numbers.x, of_mean.x), both(numbers.y, of_mean.y)),
+                       to_grid(both(numbers.z, of_mean.z), both(numbers.w, of_mean.w)));
+#else
+        *reinterpret_cast<uint2*>(out + to) =
+            make_uint2(join(byte[0], byte[1], byte[2], byte[3]), join(byte[4], byte[5], byte[6], byte[7]));
+#endif
       }
     };
 
