@@ -45,8 +45,8 @@ in [training/](../training/README.md).
 **Bold** marks our losses: another method above orbitdit at the same setting, and orbitdit below its target ({targets}).
 All methods quantize the same layers and store the modulation layers alike, but bits are not quite equal: what a
 quantized weight takes beyond its code, in scales, zero points, smoothing and low-rank factors, stands beside each
-method. Where orbitdit centres tokens (W2A4, W3A3, W2A3), the mean of 16 of them is multiplied beside them in 6 bits: no
-bit more is stored, but as activations are counted it is 0.4 bits more each. orbitdit runs on the number grid that its
+method. Where orbitdit centres tokens (W2A4, W3A3, W2A3), the code of a mean of 16 of them is added to theirs, in 6
+bits: no bit more is stored, but as activations are counted it is 0.4 bits more each. orbitdit runs on the number grid that its
 device takes by default, the paper's recipe with fp32 centroids as in the paper."""
 
 
@@ -97,6 +97,33 @@ def measured_with(rows: list[Row], full: Row) -> str:
         )
     )
     return f"Full precision scores {full['scores']['overall']:.3f} in {full['steps']} steps. {facts}."
+
+
+def centring_section(rows: list[Row], before: list[Row]) -> str:
+    """Centred tokens as sums of two codes beside `before`, when means were multiplied apart."""
+
+    def cells(of_form: list[Row], key: tuple[str, str, str]) -> list[str]:
+        chosen = [r for r in of_form if (r["model"], r["method"], r["bits"], r["status"]) == (*key, "ok")]
+        if not chosen:
+            return ["-", "-", "-"]
+        return [spread([r["scores"]["overall"] for r in chosen]), f"{mean(r['psnr_db'] for r in chosen):.1f}",
+                f"{len(chosen)}"]  # fmt: skip
+
+    keys = distinct((r["model"], r["method"], r["bits"]) for r in before if r["status"] == "ok")
+    body = [
+        [model, f"{bits}{' centred' if method != 'orbitdit' else ''}", *cells(before, key), *cells(rows, key)]
+        for key in sorted(keys)
+        for model, method, bits in [key]
+    ]
+    head = [f"{form}: {what}" for form in ("apart", "sum") for what in ("score", "PSNR, dB", "seeds")]
+    commits = [", ".join(distinct(r["commit"] for r in some)) for some in (before, rows)]
+    return f"""## Means inside the encoding
+
+Until version 0.2.0 the means of centred tokens were multiplied apart, and all layers had them ("apart", commits
+{commits[0]}). Now a token's code is the sum of two, on the grid, and layers whose tokens are wider than most of the
+model's have none ("sum", commit {commits[1]}): behind an activation they gain nothing. W4A4 is not centred by default.
+
+{table(["model", "bits", *head], body)}"""
 
 
 def of(rows: list[Row], method: str, bits: str) -> list[Row]:
@@ -259,6 +286,10 @@ def pages(folder: Path) -> dict[str, str]:
         parts += [model_section(m, [r for r in runs if r["model"] == m]) for m in distinct(r["model"] for r in runs)]
     else:
         parts.append(NOTHING)
+    before = read(folder / "before")[0]
+    if before:
+        centred = {(r["model"], r["method"], r["bits"]) for r in before}
+        parts.append(centring_section([r for r in runs if (r["model"], r["method"], r["bits"]) in centred], before))
     parts += [section(velocities, tried, runs)] if velocities else []
     models = {m: [r for r in watched if r["model"] == m] for m in distinct(r["model"] for r in watched)}
     if models:

@@ -86,15 +86,28 @@ def speed() -> str:
             base, ours = run.get("bf16 compiled"), run.get("W4A4 compiled")
             if base is None or ours is None:
                 continue
-            older = run.get(TWO_BITS) is not found.get((case, TWO_BITS))  # from before the recipe was what it is
-            kept = {provider: row for provider, row in run.items() if not (older and provider == TWO_BITS)}
-            kinds = ("bf16 compiled", "torchao float8 compiled", "W4A4 compiled", TWO_BITS)
-            memory = [f"{kept[kind]['peak_gb']:.1f}" if kind in kept else "-" for kind in kinds]
-            gains = [gain(kept, kind, "bf16 compiled") for kind in (*kinds[2:], kinds[1])]
+            kinds = ("bf16 compiled", "torchao float8 compiled", "W4A4 compiled")
+            memory = [f"{run[kind]['peak_gb']:.1f}" if kind in run else "-" for kind in kinds]
+            gains = [gain(run, kind, "bf16 compiled") for kind in (kinds[2], kinds[1])]
             times = [f"{r['median_us'] / 1e3:.1f}" for r in (base, ours)]
             rows.append([case, *times, *gains, " / ".join(memory), ours["commit"][:7]])
-    head = ["bf16, ms", "W4A4, ms", "W4A4", "W2A4", "torchao float8"]
-    return table([f"one step on {GPU}", *head, "peak GB: bf16 / float8 / W4A4 / W2A4", "commit"], rows)
+    head = ["bf16, ms", "W4A4, ms", "W4A4", "torchao float8"]
+    return table([f"one step on {GPU}", *head, "peak GB: bf16 / float8 / W4A4", "commit"], rows)
+
+
+def centred() -> str:
+    """Steps with means inside the encoding beside W4A4, which has none: all of one run, of one commit."""
+    found, rows = measured("models"), []
+    for case in dict.fromkeys(case for case, _ in found):
+        for run in runs(found, case, (TWO_BITS,)):
+            base = run["W4A4 compiled"]
+            for provider, row in run.items():
+                apart = f"{row['graph_us'] / base['graph_us'] - 1:+.1%}" if row is not base else "-"
+                times = [f"{row[kind] / 1e3:.1f}" for kind in ("graph_us", "median_us", "queue_us")]
+                name = provider.removesuffix(" compiled").removesuffix(" trellis")
+                rows.append([case, name, times[0], apart, *times[1:], f"{row['peak_gb']:.2f}", row["commit"][:7]])
+    head = ["bits", "in a CUDA graph, ms", "over W4A4", "by the clock, ms", "host queues it, ms", "peak GB", "commit"]
+    return table([f"one step on {GPU}", *head], rows)
 
 
 def layers() -> str:
@@ -114,7 +127,7 @@ def layers() -> str:
 
 
 def bits() -> str:
-    """Settings by what they keep of the pictures, what FLUX.1-dev takes with them, and the speed of its step."""
+    """Settings by what they keep of the pictures, what FLUX.1-dev takes with them, and its step as a CUDA graph."""
     lines = [row for row in read_quality(ROOT / "docs/quality")[0] if row["status"] == "ok"]
     fulls = {row["model"]: row for row in lines if row["method"] == FULL}
     with init_empty_weights():
@@ -132,9 +145,9 @@ def bits() -> str:
         found = plan(flux, OrbitQuantConfig(setting.lower()))
         provider = next((p for p in (f"{setting} trellis compiled", f"{setting} compiled") if p in run), "")
         size = f"{(before - found.bytes_before + found.bytes_after) / 1e9:.2f}"
-        rows.append([setting, *shares, commits, size, gain(run, provider, "bf16 compiled")])
-    speed = f"step of {MODELS[0].name} over bf16, {run['W4A4 compiled']['commit'][:7]}"
-    return table(["bits", *(f"right pictures, {m}" for m in fulls), "commits", f"GB of {MODELS[0].name}", speed], rows)
+        rows.append([setting, *shares, commits, size, f"{run[provider]['graph_us'] / 1e3:.1f}" if provider else "-"])
+    step = f"step of {MODELS[0].name}, ms, {run['W4A4 compiled']['commit'][:7]}"
+    return table(["bits", *(f"right pictures, {m}" for m in fulls), "commits", f"GB of {MODELS[0].name}", step], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -143,6 +156,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "quality": readme_table,
     "speed": speed,
+    "centred": centred,
     "layers": layers,
 }
 
