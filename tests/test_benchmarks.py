@@ -596,6 +596,14 @@ def test_a_gpu_without_known_limits_has_no_floor():
     assert report.floor_us(row) is None
 
 
+def test_a_line_of_an_older_name_is_replaced_by_one_of_the_new(results):
+    layer = partial(line, "layers", "layer 4608, 3072 to 3072", peak="e4m3", flops=1, bytes=1, tflops=1.0)
+    rows = [layer("W4A4 resident", **times(79.0)), layer("W4A4 cached", **times(78.0))]
+    (results / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [row["median_us"] for row in report.read(results) if row["provider"] in ("W4A4 resident", "W4A4 cached")]
+    assert found == [78.0]
+
+
 def test_check_tells_whether_the_page_is_up_to_date(results, tmp_path):
     where = ["--results", str(results), "--page", str(tmp_path / "page.md")]
     with pytest.raises(SystemExit, match="not up to date"):
