@@ -11,8 +11,8 @@ from benchmarks.measure import DISTORTION, INPUTS, Candidate, Case, error_bound,
 from orbitdit.codebooks import indices, points
 from orbitdit.codebooks.lloyd_max import look_up
 from orbitdit.config import TRELLIS_STATES
-from orbitdit.grids import E4M3, GRIDS
-from orbitdit.ops import ops
+from orbitdit.grids import E4M3
+from orbitdit.ops import CUDA_GRIDS, ops
 from orbitdit.ops.rotate_encode.cuda import rotate_encode
 from orbitdit.ops.rotate_encode.reference import apply_prologue
 from orbitdit.packing import packed_width, unpack
@@ -50,7 +50,7 @@ DECODE_BOUND = 0.08
 """How far, relatively, the points of a number grid may be from the centroids that they stand for."""
 
 
-PROVIDERS = ("copy", *GRIDS)
+PROVIDERS = ("copy", *CUDA_GRIDS)
 
 
 def weight_code(bits: int, log2_states: int | None = None) -> WeightCode:
@@ -95,7 +95,7 @@ class Encode:
     def open(self) -> Mapping[str, Callable[[], Candidate]]:
         shape = (self.tokens, self.width)
         inputs = [torch.randn(shape, device=self.device, dtype=torch.bfloat16) for _ in range(INPUTS)]
-        makers = {grid: lambda grid=grid: self.candidate(inputs, grid) for grid in GRIDS}
+        makers = {grid: lambda grid=grid: self.candidate(inputs, grid) for grid in CUDA_GRIDS}
         return {"copy": copy_of(self.bytes, self.device), **makers}
 
     @property
@@ -215,7 +215,7 @@ class Decode:
             scales = torch.rand(self.rows, device=self.device).bfloat16()
         size = codes.nbytes + self.rows * self.width
         copies = [codes.clone() for _ in range(INPUTS)]
-        makers = {grid: lambda grid=grid: self.candidate(copies, scales, grid, size) for grid in GRIDS}
+        makers = {grid: lambda grid=grid: self.candidate(copies, scales, grid, size) for grid in CUDA_GRIDS}
         return {"copy": copy_of(size, self.device), **makers}
 
     def candidate(self, codes: list[Tensor], scales: Tensor, grid: str, size: int) -> Candidate:
