@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/orbitdit/__init__.py)
-# Tests run in a process a core, up to four: each takes a gigabyte, and on a machine with a GPU a part of its memory.
+# Tests run in a process a core, up to four: each takes up to 3 GB, and on a machine with a GPU a part of its memory.
 # One that runs out of tests takes over some of another's. WORKERS= runs them all in one process.
 WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=worksteal
 CONSTRAINTS := .venv/constraints.txt
