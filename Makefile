@@ -8,6 +8,9 @@ BIN := .venv/bin
 DEMO := demo
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/orbitdit/__init__.py)
+# Tests run in a process a core, up to four: each takes up to 3 GB, and on a machine with a GPU a part of its memory.
+# One that runs out of tests takes over some of another's. WORKERS= runs them all in one process.
+WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=worksteal
 CONSTRAINTS := .venv/constraints.txt
 # Named after what was installed, so that another torch or another version of orbitdit is installed anew.
 INSTALLED := .venv/.installed-$(VERSION)-$(subst =,,$(TORCH))
@@ -28,11 +31,10 @@ demo: $(INSTALLED)
 	$(BIN)/orbitdit compare --bits w4a4 --bits w2a4 --out $(DEMO)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 coverage: $(INSTALLED)
-	$(BIN)/python -m coverage run -m pytest
-	$(BIN)/python -m coverage report
+	$(BIN)/python -m pytest $(WORKERS) --cov --cov-report=term
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m scripts.check_wheel

@@ -11,8 +11,8 @@ from benchmarks.measure import DISTORTION, INPUTS, Candidate, Case, error_bound,
 from orbitdit.codebooks import indices, points
 from orbitdit.codebooks.lloyd_max import look_up
 from orbitdit.config import TRELLIS_STATES
-from orbitdit.grids import E4M3, GRIDS
-from orbitdit.ops import ops
+from orbitdit.grids import E4M3
+from orbitdit.ops import CUDA_GRIDS, ops
 from orbitdit.ops.rotate_encode.cuda import rotate_encode
 from orbitdit.ops.rotate_encode.means import GROUP_SIZE
 from orbitdit.ops.rotate_encode.reference import apply_prologue
@@ -51,10 +51,10 @@ DECODE_BOUND = 0.08
 """How far, relatively, the points of a number grid may be from the centroids that they stand for."""
 
 
-PROVIDERS = ("copy", *GRIDS)
+PROVIDERS = ("copy", *CUDA_GRIDS)
 MEANS = ", centred"
 """What is added to the name of an encoding whose tokens are sums of two codes."""
-ENCODERS = (*PROVIDERS, *(grid + MEANS for grid in GRIDS))
+ENCODERS = (*PROVIDERS, *(grid + MEANS for grid in CUDA_GRIDS))
 
 
 def weight_code(bits: int, log2_states: int | None = None) -> WeightCode:
@@ -102,7 +102,7 @@ class Encode:
         makers = {
             grid + (MEANS if size else ""): lambda grid=grid, size=size: self.candidate(inputs, grid, size)
             for size in (None, GROUP_SIZE)
-            for grid in GRIDS
+            for grid in CUDA_GRIDS
         }
         return {"copy": copy_of(self.bytes, self.device), **makers}
 
@@ -228,7 +228,7 @@ class Decode:
             scales = torch.rand(self.rows, device=self.device).bfloat16()
         size = codes.nbytes + self.rows * self.width
         copies = [codes.clone() for _ in range(INPUTS)]
-        makers = {grid: lambda grid=grid: self.candidate(copies, scales, grid, size) for grid in GRIDS}
+        makers = {grid: lambda grid=grid: self.candidate(copies, scales, grid, size) for grid in CUDA_GRIDS}
         return {"copy": copy_of(size, self.device), **makers}
 
     def candidate(self, codes: list[Tensor], scales: Tensor, grid: str, size: int) -> Candidate:

@@ -24,6 +24,8 @@ REFERENCE = {"kernels": "copy", "layers": "bf16", "models": "bf16 compiled"}
 """What each suite's speed-ups are over."""
 ALONE = {"viterbi"}
 """Providers that compete with nobody."""
+NEW_NAMES = {"W4A4 resident": "W4A4 cached"}
+"""Providers that have another name in older lines."""
 TITLES = {"kernels": "Kernels", "layers": "Layers", "models": "Models", "memory": "Memory"}
 
 HEAD = """# Performance
@@ -33,7 +35,8 @@ measured is in [benchmarks/README.md](../benchmarks/README.md). Speed-ups are me
 reference, whose time beside a case is that of its newest run; **bold** marks what is slower than the reference. Refused
 providers failed their correctness gate, failed ones raised. The floor is the longer of the bytes and the arithmetic at
 the limits in the maker's data sheet, which no copy and no GEMM reaches; that of a model is its products plus its
-attention in bf16, and nothing else. Limits:
+attention in bf16, and nothing else. "cached" is `set_grid_(model, cache_decoded=True)`, "resident" in older lines.
+Limits:
 {limits}.
 """
 
@@ -48,6 +51,7 @@ def read(folder: Path) -> list[Row]:
         beside: dict[tuple, dict[str, Row]] = {}
         for text in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(text)
+            row["provider"] = NEW_NAMES.get(row["provider"], row["provider"])
             case = (row["gpu"], row["suite"], row["case"])
             row["beside"] = beside.setdefault(case, {})
             if row["status"] == "ok" and "median_us" in row:

@@ -46,8 +46,8 @@ in [training/](../training/README.md).
 All methods quantize the same layers and store the modulation layers alike, but bits are not quite equal: what a
 quantized weight takes beyond its code, in scales, zero points, smoothing and low-rank factors, stands beside each
 method. Where orbitdit centres tokens (W2A4, W3A3, W2A3), the code of a mean of 16 of them is added to theirs, in 6
-bits: no bit more is stored, but as activations are counted it is 0.4 bits more each. orbitdit runs on the number grid that its
-device takes by default, the paper's recipe with fp32 centroids as in the paper."""
+bits: no bit more is stored, but as activations are counted it is 0.4 bits more each. orbitdit runs on the number grid
+that its device takes by default, the paper's recipe with fp32 centroids as in the paper."""
 
 
 def read(folder: Path) -> tuple[list[Row], list[Row], list[Row], list[Row]]:

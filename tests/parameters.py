@@ -25,3 +25,14 @@ NEEDS_COMPILER = pytest.mark.skipif(
 BACKENDS = ("aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER))
 """Of torch.compile."""
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+BENCHMARK_RUN = {
+    "gpu": "NVIDIA H200",
+    "torch": "2.11.0+cu130",
+    "triton": "3.6.0",
+    "cuda": "13.0",
+    "packages": {"torchao": "0.18.0"},
+    "commit": "abc",
+    "date": "2026-11-24",
+    "copy_tbps": 4.0,
+}
+"""What all result lines of a run of the benchmarks have."""

@@ -1,12 +1,9 @@
-"""The benchmarks on a CPU: tiny cases through the same runner, the gate, the command line, the report."""
+"""The benchmarks on a CPU: tiny cases through the same runner, the gate, the command line."""
 
-import argparse
 import json
 import math
 import sys
 import time
-from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 import orbitdit
 from orbitdit import linear as orbit_linear
 from orbitdit.ops.rotate_encode import means, reference
+from parameters import BENCHMARK_RUN
 from specs import orbit
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import (  # noqa: E402
-    compare_trees,
     families,
     kernels,
     layers,
@@ -31,20 +28,7 @@ from benchmarks import (  # noqa: E402
     records,
     report,
     steps,
-    tree_worker,
 )
-
-TREES = compare_trees.TREES
-SHARED = {
-    "gpu": "NVIDIA H200",
-    "torch": "2.11.0+cu130",
-    "triton": "3.6.0",
-    "cuda": "13.0",
-    "packages": {"torchao": "0.18.0"},
-    "commit": "abc",
-    "date": "2026-11-24",
-    "copy_tbps": 4.0,
-}
 
 
 def our_plain_layers(linears):
@@ -77,7 +61,7 @@ def run(tmp_path):
     def go(suite, cases, **limits):
         path = tmp_path / "lines.jsonl"
         with path.open("w") as file:
-            recorder = records.Recorder(file, SHARED)
+            recorder = records.Recorder(file, BENCHMARK_RUN)
             measure.run_suite(suite, cases, "cpu", recorder, measure.Limits(**limits))
         return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -106,7 +90,7 @@ def test_a_layer_is_measured_from_input_to_output(run):
     assert ours["tflops"] == pytest.approx(ours["flops"] / ours["median_us"] / 1e6, abs=1e-3)
     assert 0.10 < ours["error"] < ours["bound"] < 0.2
     assert lines["bf16"]["error"] < lines["bf16"]["bound"] == 0.005
-    assert SHARED.items() <= ours.items()
+    assert BENCHMARK_RUN.items() <= ours.items()
 
 
 def test_the_gate_refuses_a_wrong_output_before_it_is_timed(run):
@@ -365,130 +349,6 @@ def test_a_step_on_a_gpu():
     assert draws["graph_note"].startswith("differs from the plain step by ")
 
 
-def test_two_trees_are_compared_on_a_cpu(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "new" / "trees.jsonl"
-    monkeypatch.setattr(compare_trees, "ROUNDS", (2, 2))
-    trees = [f"--before=old={ROOT}", f"--after=new={ROOT}"]
-    compare_trees.main([*trees, "--out", str(out), "--device", "cpu"])
-    lines = {(line["case"], line["provider"]): line for line in map(json.loads, out.read_text().splitlines())}
-    kinds = ("tiny W4A4 eager", "tiny W4A4 compiled")
-    assert list(lines) == [(kind, provider) for kind in kinds for provider in ("before", "after", "after/before")]
-    for kind in kinds:
-        before, after, both = (lines[kind, provider] for provider in ("before", "after", "after/before"))
-        assert (before["commit"], after["commit"], both["commit"], both["commit_before"]) == (
-            "old",
-            "new",
-            "new",
-            "old",
-        )
-        assert both["ratio"] == pytest.approx(after["median_us"] / before["median_us"], abs=1e-3)
-        assert both["ratio_p20"] <= both["ratio_p80"]
-        assert (both["output_equal"], both["output_max"], both["output_error"]) == (True, 0, 0)
-        assert 0.02 < before["error"] == after["error"] < 0.6
-        assert before["repeats"] == 2 * compare_trees.STEPS_A_TURN
-    assert (lines[kinds[0], "after"]["graphs"], lines[kinds[1], "after"]["graphs"]) == (0, 2)
-    assert f"| {kinds[1]} | {lines[kinds[1], 'before']['median_us'] / 1e3:.2f}, " in capsys.readouterr().out
-
-
-def test_a_tree_whose_process_fails_is_recorded(tmp_path):
-    (tmp_path / "src/orbitdit").mkdir(parents=True)
-    (tmp_path / "src/orbitdit/__init__.py").write_text("raise ImportError('an old tree')")
-    out = tmp_path / "trees.jsonl"
-    compare_trees.main([f"--before=old={tmp_path}", "--out", str(out), "--device", "cpu"])
-    (found,) = map(json.loads, out.read_text().splitlines())
-    assert (found["case"], found["provider"], found["status"]) == ("tiny W4A4", "after/before", "failed")
-    assert found["note"] == "RuntimeError: old: the process ended with 1 when asked to build"
-
-
-@pytest.mark.parametrize("text", ["old", f"={ROOT}", "old=/nowhere"])
-def test_a_tree_is_a_commit_and_a_folder(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="write COMMIT=PATH"):
-        compare_trees.Tree.parse(text)
-
-
-def test_trees_take_turns_in_both_orders():
-    asked = []
-
-    class Asked:
-        def __init__(self, label):
-            self.label = label
-
-        def ask(self, do, **arguments):
-            asked.append((self.label, do, arguments))
-            return {"total": [100.0 if self.label == "before" else 101.0], "queued": [50.0], "peak_gb": 1.5}
-
-    turns = compare_trees.take_turns({label: Asked(label) for label in compare_trees.TREES}, "eager")
-    order = [label for label, _, _ in asked]
-    assert order == ["before", "after", "after", "before"] * (compare_trees.ROUNDS[1] // 2)
-    assert asked[0] == ("before", "turn", {"mode": "eager", "steps": compare_trees.STEPS_A_TURN})
-    ratios = compare_trees.ratios(turns, "cuda")
-    assert (ratios["ratio"], ratios["ratio_p20"], ratios["ratio_p80"]) == (1.01, 1.01, 1.01)
-    assert ratios["queue_ratio"] == 1
-    assert set(compare_trees.ratios(turns, "cpu")) == {"ratio", "ratio_p20", "ratio_p80"}
-    facts = compare_trees.turn_facts(turns["after"], "eager", "cuda")
-    assert (facts["median_us"], facts["queue_us"], facts["peak_gb"]) == (101.0, 50.0, 1.5)
-
-
-def test_a_kind_of_step_that_fails_leaves_the_others(tmp_path):
-    class Fails:
-        def __init__(self, label):
-            self.label = label
-
-        def build(self):
-            return {"model_gb": 1.0}
-
-        def ask(self, do, mode, **arguments):
-            if (self.label, mode) == ("after", "compiled"):
-                raise RuntimeError(f"new, {do}: it does not compile")
-            if do == "start":
-                torch.save(torch.ones(2), arguments["output"])
-                return {"error": 0.1}
-            return {"total": [100.0], "queued": [50.0], "peak_gb": None}
-
-    workers = {label: Fails(label) for label in compare_trees.TREES}
-    found = compare_trees.measure(workers, ["compiled", "eager"], "cpu", tmp_path)
-    assert found["compiled"] == {"note": "RuntimeError: new, start: it does not compile"}
-    assert found["eager"]["both"]["ratio"] == 1
-    assert {"error": 0.1, "median_us": 100.0, "model_gb": 1.0}.items() <= found["eager"]["after"].items()
-
-
-@torch.no_grad()
-def test_a_worker_counts_the_kernels_of_a_step(monkeypatch, tmp_path):
-    profiled = []
-
-    def profile(call):
-        profiled.append(call())
-        return Counter({"gemm": 2, "encode": 1}), 12.345
-
-    monkeypatch.setattr(tree_worker, "profile_kernels", profile)
-    model = tree_worker.TreeModel("tiny", "w4a4", "cpu", "native")
-    assert model.build()["source"] == orbitdit.__file__
-    model.start("eager", str(tmp_path / "output"))
-    counted = model.kernels("eager")
-    assert counted == {"names": {"gemm": 2, "encode": 1}, "gpu_kernels": 3, "gpu_busy_us": 12.35}
-    assert torch.equal(profiled[0], torch.load(tmp_path / "output"))
-
-
-def test_outputs_and_kernels_of_trees_are_compared():
-    before = torch.tensor([3.0, 4.0], dtype=torch.bfloat16)
-    apart = compare_trees.difference(before, torch.tensor([3.0, 4.5], dtype=torch.bfloat16))
-    assert apart == {"output_equal": False, "output_max": 0.5, "output_error": pytest.approx(0.1)}
-    names = Counter({"gemm": 5, "encode": 2, "gelu": 1}), Counter({"gemm": 5, "encode": 5, "norm": 1})
-    assert compare_trees.changed(*names) == {"encode": [2, 5], "gelu": [1, 0], "norm": [0, 1]}
-    assert compare_trees.shortened("gemm" * 30) == "gemm" * 30
-    assert compare_trees.shortened("a" * 100 + "b" * 100) == "a" * 60 + "..." + "b" * 57
-
-
-def test_the_table_of_trees():
-    sides = {label: {"median_us": 1e5, "queue_us": 2e3, "graph_equal": True, "graph_peak_gb": 7.0} for label in TREES}
-    both = {"ratio": 1.002, "ratio_p20": 0.999, "ratio_p80": 1.004, "queue_ratio": 1.1}
-    text = compare_trees.shown([{"case": "a graph", **sides, "both": both}])
-    row = "| a graph | 100.00, 100.00 | 1.0020 | 0.9990 to 1.0040 | 2.00, 2.00 | 1.100 | - | - | 7.000, 7.000 |"
-    assert text.splitlines()[-1] == f"{row} as compiled |"
-    sides["after"]["graph_equal"] = False
-    assert "**not as compiled**" in compare_trees.shown([{"case": "a graph", **sides, "both": both}])
-
-
 def test_arithmetic_in_attention_is_counted_apart():
     class Attends(torch.nn.Module):
         def forward(self, x, return_dict):
@@ -509,107 +369,6 @@ def test_the_command_appends_lines_and_filters(tmp_path):
     assert [(line["case"], line["provider"]) for line in lines] == [("decode 2-bit 3072x3072", "copy")] * 2
     assert lines[0]["copy_tbps"] > 0
     assert lines[0]["commit"] == records.git_commit()
-
-
-def line(suite, case, provider, status="ok", **facts):
-    return {"suite": suite, "case": case, "provider": provider, "status": status, **facts, **SHARED}
-
-
-def times(median):
-    return {"median_us": median, "p20_us": median - 1, "p80_us": median + 1, "repeats": 30, "error": 0.1, "bound": 0.2}
-
-
-@pytest.fixture
-def results(tmp_path):
-    """A folder of results: kernels, layers and models, with a slower, a refused, a failed and a replaced row."""
-    flops = {"flops": 2 * 4608 * 3072 * 3072, "bytes": 60_000_000, "tflops": 700.0}
-    layer = partial(line, "layers", "layer 4608, 3072 to 3072")
-    step = {"first_step_s": 9.0, "quantize_s": 1.5, "peak_gb": 6.9, "model_gb": 6.1, "graphs": 2, "graphs_later": 0}
-    step |= {"flops": 59_510_000_000_000, "attention_flops": 14_870_000_000_000}
-    rows = [
-        line("kernels", "encode 4608x3072", "copy", bytes=42_467_328, tbps=2.9, **times(14.0)),
-        line("kernels", "encode 4608x3072", "e4m3", bytes=42_467_328, tbps=2.1, **times(20.0)),
-        layer("bf16", peak="bf16", **flops, **times(999.0)),
-        layer("bf16", peak="bf16", **flops, **times(120.0)),
-        layer("W4A4", peak="e4m3", **flops, **times(80.0)),
-        layer("orbitquant W4A4", peak="int8", **flops, **times(160.0)),
-        layer("sdnq int8", "refused", error=1.4, bound=0.02, note="the correctness gate is red"),
-        layer("torchao int8", "failed", note="ImportError: no | torchao"),
-        layer("W4A4", "skipped", note="deadline"),
-        line("layers", "unmeasured", "W4A4", "skipped", note="deadline"),
-        line("models", "FLUX.1-dev", "bf16 compiled", peak="bf16", **step, **times(131_000.0)),
-        line("models", "FLUX.1-dev", "W4A4 compiled", peak="e4m3", **step, **times(87_000.0)),
-    ]
-    folder = tmp_path / "results"
-    folder.mkdir()
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def test_the_report_has_the_steps_of_gpus(results):
-    facts = {"queue_us": 66_000.0, "gpu_busy_us": 84_000.0, "gpu_kernels": 2345}
-    step = {"first_step_s": 9.0, "quantize_s": 1.5, "peak_gb": 6.9, "model_gb": 6.1, "graphs": 2, "graphs_later": 0}
-    step |= {"flops": 59_510_000_000_000, "attention_flops": 14_870_000_000_000, **facts}
-
-    def graph(median):
-        spread = {"graph_us": median, "graph_p20_us": median - 100, "graph_p80_us": median + 100}
-        return {**spread, "graph_equal": True, "graph_held_gb": 0.5}
-
-    model = partial(line, "models", "another model")
-    rows = [
-        model("bf16 compiled", peak="bf16", **step, **times(131_000.0), **graph(126_000.0)),
-        model("W4A4 compiled", peak="e4m3", **step, **times(97_000.0), **graph(90_000.0)),
-        model("peer compiled", peak="e4m3", **step, **times(99_000.0), graph_note="RuntimeError: a | b"),
-        model("W4A4", peak="e4m3", **{**step, "gpu_kernels": 3000}, **times(138_000.0)),
-    ]
-    assert "Where a step's time goes" not in report.page(report.read(results))
-    (results / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = report.page(report.read(results))
-    start = "| another model |"
-    assert f"{start} W4A4 compiled | 97.0 | 66.0 | 84.0 | 2,345 | 90.0 | 89.9 to 90.1 | 1.40x | 0.50 |" in text
-    assert f"{start} peer compiled | 99.0 | 66.0 | 84.0 | 2,345 | - | - | - | RuntimeError: a / b |" in text
-    assert f"{start} W4A4 | 138.0 | 66.0 | 84.0 | 3,000 | - | - | - | - |" in text
-
-
-def test_the_report_says_what_the_lines_say(results):
-    text = report.page(report.read(results))
-    assert "| layer 4608, 3072 to 3072 | 120 | 1.50x | **0.75x** | refused | failed |" in text
-    assert "| layer 4608, 3072 to 3072 | W4A4 | 80.0 | 79.0 to 81.0 | 700 TFLOP/s | 1.50x | 55% | 0.1000 |" in text
-    assert "| encode 4608x3072 | e4m3 | 20.0 | 19.0 to 21.0 | 2.10 TB/s | **0.70x** | 44% | 0.1000 |" in text
-    assert "| FLUX.1-dev | W4A4 compiled | 87.0 | 87.0 to 87.0 | - | 1.51x | 52% | 9.0 | 1.5 | 6.90 | 6.10 |" in text
-    assert "sdnq int8: refused: the correctness gate is red (error 1.400, at most 0.020)" in text
-    assert "torchao int8: failed: ImportError: no / torchao" in text
-    assert "torch 2.11.0+cu130; triton 3.6.0; cuda 13.0; torchao 0.18.0; commit abc; measured 2026-11-24" in text
-    assert "| unmeasured | - | skipped | - | - | - |" in text
-    assert Counter(text.splitlines())["## NVIDIA H200"] == 1
-
-
-def test_nothing_that_was_measured_is_faster_than_its_floor():
-    rows = [row for row in report.read(ROOT / "benchmarks/results") if row["gpu"] in report.LIMITS]
-    timed = [row for row in rows if row["status"] == "ok"]
-    assert len(timed) > 100
-    assert [row["case"] for row in timed if report.floor_us(row) > row["median_us"]] == []
-
-
-def test_a_gpu_without_known_limits_has_no_floor():
-    row = line("layers", "a", "W4A4", peak="e4m3", flops=1, bytes=1) | {"gpu": "another"}
-    assert report.floor_us(row) is None
-
-
-def test_check_tells_whether_the_page_is_up_to_date(results, tmp_path):
-    where = ["--results", str(results), "--page", str(tmp_path / "page.md")]
-    with pytest.raises(SystemExit, match="not up to date"):
-        report.main([*where, "--check"])
-    report.main(where)
-    report.main([*where, "--check"])
-    (tmp_path / "page.md").write_text("typed by hand")
-    with pytest.raises(SystemExit, match="not up to date"):
-        report.main([*where, "--check"])
-
-
-def test_the_committed_page_is_up_to_date():
-    if list((ROOT / "benchmarks/results").glob("*.jsonl")):
-        report.main(["--check"])
 
 
 def test_measuring_needs_no_peer():

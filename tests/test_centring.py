@@ -11,10 +11,10 @@ from encoding_checks import counted, prologue_inputs, random, relative, same
 from orbitdit import ConfigError, OrbitLinear, OrbitQuantConfig, quantize_
 from orbitdit.codebooks import token_gain
 from orbitdit.codebooks.lloyd_max import codebook_on, look_up, shrinkage
-from orbitdit.grids import EXACT, GRIDS
+from orbitdit.grids import EXACT
 from orbitdit.linear import share_inputs
 from orbitdit.model import packed_layers
-from orbitdit.ops import ops
+from orbitdit.ops import CUDA_GRIDS, ops
 from orbitdit.ops.rotate_encode import means
 from orbitdit.ops.rotate_encode.reference import apply_prologue, encode_tokens
 from orbitdit.quantize import QuantizedWeight
@@ -80,7 +80,7 @@ def test_the_formula(count, scale):
     assert relative(own(x), expected) < 2e-3  # a code here and there, where a mean rounds differently
 
 
-@pytest.mark.parametrize("grid", [EXACT, *GRIDS])
+@pytest.mark.parametrize("grid", [EXACT, *CUDA_GRIDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_all_routes_and_what_it_gains(grid, dtype):
@@ -98,7 +98,7 @@ def test_pictures_do_not_know_each_other(grid):
     assert same(own(x)[1:2], own(x[1:2]))
 
 
-@pytest.mark.parametrize("grid", [EXACT, *GRIDS])
+@pytest.mark.parametrize("grid", [EXACT, *CUDA_GRIDS])
 @torch.no_grad()
 def test_rows_are_the_tokens_of_one_picture(grid):
     own, x = layer(grid), pictures(40).bfloat16()
@@ -137,7 +137,7 @@ def test_layers_with_one_input_share_its_means():
     assert all(relative(a.float(), b.float()) < 5e-3 for a, b in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("grid", list(GRIDS))
+@pytest.mark.parametrize("grid", list(CUDA_GRIDS))
 @pytest.mark.parametrize("prologue", ["gelu", "silu", "layer_norm", "rms_norm"])
 @torch.no_grad()
 def test_means_are_of_what_a_prologue_makes(prologue, grid):
@@ -149,7 +149,7 @@ def test_means_are_of_what_a_prologue_makes(prologue, grid):
     assert same(y, own(made))
 
 
-@pytest.mark.parametrize("grid", list(GRIDS))
+@pytest.mark.parametrize("grid", list(CUDA_GRIDS))
 @pytest.mark.parametrize("count", [40, 48])
 @torch.no_grad()
 def test_compiled_layers_give_the_same(grid, count):
@@ -168,7 +168,7 @@ def test_gradients_are_near_those_without_means(count):
     assert relative(*found) < 0.3
 
 
-@pytest.mark.parametrize("grid", list(GRIDS))
+@pytest.mark.parametrize("grid", list(CUDA_GRIDS))
 @torch.no_grad()
 def test_codes_of_means_have_a_factor_on_every_grid(grid, monkeypatch):
     x = pictures(2, 40).bfloat16()

@@ -11,7 +11,7 @@ import pytest
 
 from orbitdit import ConfigError, OrbitDiTError, OrbitQuantConfig
 from orbitdit.config import ACTIVATION_BITS, FORMAT_VERSION, MIGRATIONS, WEIGHT_BITS, QuantMethod, parse_bits
-from orbitdit.policy import Layer, build_plan
+from orbitdit.policy import Layer, as_stored, build_plan
 
 WIDTHS = list(itertools.product(WEIGHT_BITS, ACTIVATION_BITS))
 GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
@@ -445,11 +445,12 @@ def test_saved_models_have_the_plans_they_always_had(folder):
     shapes = {name: row.partition(" ")[0].split("x") for name, row in expected.items()}
     layers = [Layer(name, int(dim), int(rows), bias=True) for name, (dim, rows) in shapes.items()]
     config = OrbitQuantConfig.from_dict(saved["quantization_config"])
-    plan = build_plan(saved["_class_name"], layers, config)
+    stored = {name: " int4 " in row for name, row in expected.items() if not row.endswith(" kept")}
+    plan = as_stored(build_plan(saved["_class_name"], layers, config), stored)
     found = {r.name: r.spec.key if r.spec else f"{r.in_features}x{r.out_features} kept" for r in plan.layers}
     assert found == expected
     again = OrbitQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert build_plan(saved["_class_name"], layers, again) == plan
+    assert as_stored(build_plan(saved["_class_name"], layers, again), stored) == plan
 
 
 @pytest.mark.parametrize(
@@ -462,6 +463,8 @@ def test_saved_models_have_the_plans_they_always_had(folder):
         ({"weight_bits": 6, "codebook": "trellis"}, "codebook='trellis' takes weights of 2, 3, 4 bits, not 6"),
         ({"weight_bits": 8, "codebook": "trellis"}, "codebook='trellis' takes weights of 2, 3, 4 bits, not 8"),
         ({"codebook": "trellis", "trellis_bits": (2,)}, "either codebook"),
+        ({"codebook": "uniform", "scalar_codebook": "scalar"}, "codebook='uniform' and scalar_codebook='scalar': give"),
+        ({"codebook": "scalar", "scalar_codebook": "uniform"}, "codebook='scalar' and scalar_codebook='uniform': give"),
         ({"scalar_codebook": "trellis"}, "scalar_codebook='trellis' is not supported; choose one of scalar"),
         ({"trellis_states": 11}, "trellis_states=11 is not supported; choose one of 8, 10, 12"),
         ({"trellis_states": 12.0}, "trellis_states=12.0 is not supported; choose one of 8, 10, 12"),
@@ -480,3 +483,11 @@ def test_saved_models_have_the_plans_they_always_had(folder):
 )
 def test_recipes_that_do_not_exist(options, message):
     assert message in refusal(OrbitQuantConfig, **options)
+
+
+@pytest.mark.parametrize(("codebook", "scalar"), [("uniform", "uniform"), ("scalar", "scalar"), ("trellis", "uniform")])
+def test_a_codebook_and_that_of_scalar_codes_may_agree(codebook, scalar):
+    """Beside trellis codes there are others: those of layers with other bits."""
+    config = OrbitQuantConfig("w2a4", codebook=codebook, scalar_codebook=scalar)
+    assert config.scalar_codebook == scalar
+    assert (2 in config.trellis_bits) == (codebook == "trellis")

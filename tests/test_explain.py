@@ -152,13 +152,6 @@ def offload_connect_and_undo(model):
     remove_hook_from_module(model.transformer_blocks[0].norm2)
 
 
-def offload_undo_and_connect(model):
-    fusion.disconnect(model)
-    offload(NORM)(model)
-    remove_hook_from_module(model.transformer_blocks[0].norm2)
-    fusion.connect(model)
-
-
 def put(name, **values):
     def change(model):
         vars(model.get_submodule(name)).update(values)
@@ -238,8 +231,8 @@ CHANGES = {
         "not fused: LayerNorm was not replaced when the model was quantized (it was offloaded, perhaps)",
     ),
     "own forward": (
-        "flux", offload_undo_and_connect, UP,
-        "not fused: LayerNorm has a forward pass of its own, such as hooks of accelerate leave behind",
+        "flux", put(NORM, forward=lambda x: x), UP,
+        "not fused: LayerNorm was given another forward pass, as hooks of other libraries do",
     ),
     "hook": ("flux", with_hook, UP, "not fused: a hook is registered on LayerNorm"),
     "epsilon": (

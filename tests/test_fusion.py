@@ -156,6 +156,27 @@ def test_blocks_with_hooks_of_accelerate_can_be_undone(removed):
     assert torch.equal(family.run(model), family.run(plain))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.usefixtures("kernels_everywhere")
+@torch.no_grad()
+def test_modules_whose_hook_of_accelerate_was_removed_are_fused(when, used):
+    """It leaves the forward pass of a module's own class in the module, bound to it."""
+    family, model = FAMILIES["flux"], quantized("flux")
+    expected, counts = family.run(model), dict(used)
+    assert "layer_norm" in counts
+    if when == "before":
+        fusion.disconnect(model)
+    for module in model.modules():
+        add_hook_to_module(module, ModelHook())
+        remove_hook_from_module(module)
+    fusion.connect(model)
+    used.clear()
+    assert torch.equal(family.run(model), expected)
+    assert used == counts
+    fusion.disconnect(model)
+    assert "forward" not in vars(model.transformer_blocks[0].norm2)
+
+
 def with_changed_body(monkeypatch, cls, old, new):
     """Give `cls` a forward pass that differs from its own in one place."""
     source = textwrap.dedent(inspect.getsource(cls.forward))

@@ -77,7 +77,7 @@ class OrbitQuantConfig:
         recipe: "best" (if left out) or "paper": what `scale`, `trellis_bits`, `trellis_states` and `centred_bits` are
             where they are not given.
         codebook: "trellis" for weights of `weight_bits`, or one for all weights, such as "scalar": shorthand for
-            `trellis_bits` and `scalar_codebook`, and excludes the former.
+            `trellis_bits` and `scalar_codebook`; it excludes the former, and another value of the latter.
         weight_bits: 2, 3, 4, 6 or 8 bits a weight code.
         activation_bits: 3, 4, 6 or 8 bits an activation code; 16 leaves the activations unquantized.
         modulation_bits: 4 stores AdaLN modulation layers as INT4 in groups of 64; 16 leaves them alone.
@@ -90,7 +90,8 @@ class OrbitQuantConfig:
             by the bits of each layer, those from a rule too; tokens that are wider than most of the model's never are
             (see `policy`). The paper's recipe has none, the best one (3, "w2a4").
         trellis_states: L, for trellises of 2^L states: 8, 10 or 12. More states, less error, longer quantizing.
-        scalar_codebook: the codebook of weights that are no trellis codes (see `codebooks`); "scalar" is Lloyd-Max.
+        scalar_codebook: the codebook of weights that are no trellis codes (see `codebooks`): "scalar", which is
+            Lloyd-Max, if left out.
         seed: seed of the rotations, 0 <= seed < 2**64.
         rules: (glob, action) pairs over module names, tried before the built-in policy, first match first. An
             action is "quantize", "int4" (weight-only, as for modulation), "keep", or bits such as "w6a6".
@@ -111,7 +112,7 @@ class OrbitQuantConfig:
     trellis_bits: Sequence[int] = SETTLED
     trellis_states: int = SETTLED
     centred_bits: Sequence[int | str] = SETTLED
-    scalar_codebook: str = "scalar"
+    scalar_codebook: str = SETTLED
     seed: int = 0
     rules: Sequence[tuple[str, str]] = ()
     layers: Sequence[tuple[str, str]] = dataclasses.field(default=(), compare=False, repr=False)
@@ -130,7 +131,12 @@ class OrbitQuantConfig:
                 raise ConfigError("give either codebook ('trellis' or 'scalar') or trellis_bits, not both")
             chosen = chosen._replace(trellis_bits=_bits_of(codebook, self.weight_bits))
             if codebook != "trellis":
-                object.__setattr__(self, "scalar_codebook", codebook)
+                self._settle(scalar_codebook=codebook)
+                if self.scalar_codebook != codebook:
+                    raise ConfigError(
+                        f"codebook={codebook!r} and scalar_codebook={self.scalar_codebook!r}: give one of them"
+                    )
+        self._settle(scalar_codebook="scalar")
         _check_choice("scalar_codebook", self.scalar_codebook, [name for name in CODEBOOKS if name != "trellis"])
         self._settle(**chosen._asdict())
         _check_choice("scale", self.scale, SCALES)

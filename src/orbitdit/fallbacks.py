@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from orbitdit.errors import ConfigError
 from orbitdit.explanation import Explanation, LayerRun
 from orbitdit.families import FAMILIES, Family
-from orbitdit.fusion import KNOWN, OWN_HOOKS, is_known
+from orbitdit.fusion import KNOWN, OWN_HOOKS, is_known, is_wrapped
 from orbitdit.grids import E4M3, EXACT, GRIDS, INT8
 from orbitdit.linear import Int4Linear, OrbitLinear, is_offloaded
 from orbitdit.model import packed_layers
@@ -375,9 +375,8 @@ def _not_deferred(module: nn.Module) -> str:
         return f"{name} is offloaded by itself"
     if type(module) is original:
         return f"{name} was not replaced when the model was quantized (it was offloaded, perhaps)"
-    own = vars(module).get("forward")
-    if own is not None and getattr(own, "__func__", own) is not type(module).forward:
-        return f"{name} has a forward pass of its own, such as hooks of accelerate leave behind"
+    if is_wrapped(module):
+        return f"{name} was given another forward pass, as hooks of other libraries do"
     if {*module._forward_hooks.values(), *module._forward_pre_hooks.values()} - {*OWN_HOOKS}:
         return f"a hook is registered on {name}"
     prologue, weight = PROLOGUES[name], getattr(module, "weight", None)

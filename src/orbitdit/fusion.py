@@ -67,7 +67,7 @@ def share_inputs_of(model: nn.Module) -> None:
 def wrap_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A hook: the tokens that a module is given come as `Tokens`, so that its layers can share what they make of
     them; as tensors, if another library has put a forward pass around the module's own, as caches of diffusers do."""
-    wrap = _tensor if "forward" in module.__dict__ else _tokens
+    wrap = _tensor if is_wrapped(module) else _tokens
     given = [*args[:3], *(kwargs[name] for name in TOKEN_NAMES if name in kwargs)]
     wrapped: list[Any] = []
     for place, value in enumerate(given):
@@ -288,10 +288,21 @@ def _revive(original: Any) -> nn.Module:
 
 
 def _reborn(cls: type[nn.Module], module: nn.Module) -> nn.Module:
-    """The same parameters, buffers and settings as a module of another class."""
+    """The same parameters, buffers and settings as a module of another class; not the forward pass of its own class
+    that a hook of accelerate leaves bound in the module when it is removed."""
     twin = cls.__new__(cls)
     twin.__dict__.update(module.__dict__)
+    if not is_wrapped(module):
+        twin.__dict__.pop("forward", None)
     return twin
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether `module` has a forward pass other than that of its class, as hooks of other libraries give it."""
+    if "forward" not in module.__dict__:
+        return False
+    own = module.__dict__["forward"]
+    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
 
 
 def _put(where: list[tuple[nn.Module, str]], module: nn.Module) -> None:

@@ -1,8 +1,9 @@
 """Number grids: the sets of numbers that a product is computed on.
 
 A tensor core only multiplies, so the centroids of a codebook need not be uniform: centroid k becomes scale * value_k
-with value_k exact in a type that the hardware takes. Adding a grid means adding a `Grid` to `GRIDS` here, the devices
-that have it to `ops.device_grids`, and its product to `ops.linear`.
+with value_k exact in a type that the hardware takes. Adding a grid means adding a `Grid` to `GRIDS` here: a CPU
+computes on it then, to compare. For a grid that a GPU multiplies, `ops.CUDA_GRIDS` names it, and the kernels of `ops`
+write its values.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ import torch
 from emulated import How, rotate_encode
 
 from encoding_checks import FLIPS, flips, prologue_inputs, same, tokens
-from orbitdit.grids import GRIDS
+from orbitdit.ops import CUDA_GRIDS
 from orbitdit.ops.rotate_encode import reference
 from orbitdit.ops.rotate_encode.means import add, groups, groups_of, mean_gain, parts_of, token_means
 from orbitdit.ops.rotate_encode.reference import apply_prologue
@@ -40,7 +40,7 @@ def check(x, sample, bits, grid, found, prologue="", args=()):
     assert (off > 0.01 * total[:, None]).float().mean() < (0.06 if prologue else 0.02)
 
 
-@pytest.mark.parametrize("grid", list(GRIDS))
+@pytest.mark.parametrize("grid", list(CUDA_GRIDS))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 960, 1920, 3072, 7680])
 def test_sums_of_two_codes(dim, dtype, grid):
@@ -69,7 +69,7 @@ def test_means_of_what_a_prologue_makes(prologue, dim):
         check(x, (7, 4), 4, "e4m3", rotate_encode(x, 4, "e4m3", prologue, args, sample=(7, 4)), prologue, args)
 
 
-@pytest.mark.parametrize("grid", list(GRIDS))
+@pytest.mark.parametrize("grid", list(CUDA_GRIDS))
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 def test_a_spoilt_token_leaves_the_others_finite(value, grid):
     x = tokens(20, 64)

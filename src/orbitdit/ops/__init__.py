@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orbitdit.grids import E4M3, EXACT, INT8, dtype_of
+from orbitdit.grids import E4M3, EXACT, GRIDS, INT8, dtype_of
 from orbitdit.ops.decode import cuda as decode_cuda
 from orbitdit.ops.decode import reference as decode_reference
 from orbitdit.ops.int4_linear import cuda as int4_cuda
@@ -46,12 +46,16 @@ from orbitdit.spec import LayerSpec, Projection
 GRID_BITS = 6
 """Codes of more bits have more levels than a grid tells apart: such layers run exactly."""
 
+CUDA_GRIDS = (E4M3.name, INT8.name)
+"""The grids that kernels and tensor cores have, fastest first. Others of `GRIDS` are there to compare, on a CPU."""
+
 _LIBRARY = torch.library.Library("orbitdit", "DEF")
 ops = torch.ops.orbitdit
 
 
 def device_grids(device: torch.device) -> tuple[str, ...]:
-    """The grids that layers on `device` can run on, fastest first; a CPU runs all of them, to compare."""
+    """The grids that layers on `device` can run on, fastest first. Before "exact" are those that it multiplies faster;
+    behind it, on a CPU, all the others, to compare."""
     return _device_grids(device)
 
 
@@ -63,7 +67,7 @@ device_grids._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _device_grids(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         fast = (INT8.name, EXACT) if linear_cpu.multiplies_int8() else (EXACT, INT8.name)
-        return *fast, E4M3.name
+        return *fast, *(grid for grid in GRIDS if grid not in fast)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else (0, 0)
     grids = cuda_grids(capability)
     if grids == (EXACT,) and device.type != "meta":
@@ -76,7 +80,7 @@ def _device_grids(device: torch.device) -> tuple[str, ...]:
 def cuda_grids(capability: tuple[int, int]) -> tuple[str, ...]:
     """The grids of NVIDIA devices of this compute capability, fastest first."""
     if capability >= (8, 9):
-        return E4M3.name, INT8.name, EXACT
+        return *CUDA_GRIDS, EXACT
     return (INT8.name, EXACT) if capability >= (8, 0) else (EXACT,)
 
 

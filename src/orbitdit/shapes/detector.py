@@ -52,6 +52,8 @@ def detect(picture: np.ndarray, world: World = SHAPES) -> list[Detection]:
     label = np.where(distance.min(-1) <= COLOUR_DISTANCE, distance.argmin(-1), -1)
     found = []
     for k, colour in enumerate(world.colours):
+        if not (label == k).any():
+            continue
         components, _ = ndimage.label(label == k)
         for i, box in enumerate(ndimage.find_objects(components), start=1):
             mask = components[box] == i
