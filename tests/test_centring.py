@@ -187,14 +187,23 @@ def test_groups_that_no_kernel_takes_are_refused(size):
 
 @pytest.mark.parametrize(("bits", "size"), [("w2a4", 16), ("w2a3", 16), ("w3a3", 16), ("w4a4", None), ("w2a6", None)])
 def test_what_models_get(bits, size):
-    """Tokens that are wider than most are never centred: they come from an activation."""
+    """Never centred are tokens that are wider than most, which come from an activation, and those of experts, which are
+    of all samples."""
     model = nn.Module()
     model.blocks = nn.ModuleList(
-        nn.ModuleDict({"q": nn.Linear(64, 64), "up": nn.Linear(64, 256), "down": nn.Linear(256, 64)}) for _ in range(2)
+        nn.ModuleDict(
+            {
+                "q": nn.Linear(64, 64),
+                "up": nn.Linear(64, 256),
+                "down": nn.Linear(256, 64),
+                "experts": nn.ModuleList([nn.Linear(64, 64)]),
+            }
+        )
+        for _ in range(2)
     )
     found = quantize_(model, OrbitQuantConfig(bits, trellis_states=8), progress=False)
     for row in found.layers:
-        expected = None if "down" in row.name else size
+        expected = None if "down" in row.name or "experts" in row.name else size
         assert row.spec.tokens.group_size == expected
         assert ("centred by 16" in row.coding) == bool(expected)
     assert {own.spec for _, own in packed_layers(model)} == {row.spec for row in found.layers}

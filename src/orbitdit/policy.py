@@ -27,6 +27,7 @@ _MODULATION_NAME = re.compile(r"(^|[._])(ada|film|mod(?!al|el|ule)|norm|scale|sh
 _IN_MODULATION = re.compile(r"(^|[._])(ada\w*|mod(ulation)?|norm\d*(_context)?)\.[^.]+$", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention|mha|(^|[._])w?(q|qkv|query)([._]|$)", re.IGNORECASE)
 _GATE_NAME = re.compile(r"beta|bias|gate|logits|router", re.IGNORECASE)
+_EXPERT = re.compile(r"\.experts\.\d+(\.|$)")
 _U_NET = re.compile(r"(down|mid|up)_block")
 
 
@@ -164,11 +165,12 @@ def build_plan(model: str, layers: Iterable[Layer], config: OrbitQuantConfig) ->
 
 def _centred_where_it_pays(rows: list[LayerPlan]) -> Iterator[LayerPlan]:
     """Without means for tokens that are wider than most: those behind a feed-forward's activation gain nothing by them,
-    and are the dearest to centre (docs/quality.md)."""
+    and are the dearest to centre (docs/quality.md). Nor for experts, which get tokens of all samples as one."""
     widths = Counter(row.in_features for row in rows if row.action == "quantize")
+    usual = max(widths, key=lambda width: widths[width], default=0)
     for row in rows:
-        spec = row.spec
-        if spec and spec.tokens and spec.tokens.group_size and row.in_features > widths.most_common(1)[0][0]:
+        spec, without = row.spec, row.in_features > usual or _EXPERT.search(row.name)
+        if spec and spec.tokens and spec.tokens.group_size and without:
             row = replace(row, spec=replace(spec, tokens=TokenCode(spec.tokens.bits)))
         yield row
 
