@@ -3,16 +3,18 @@
 NVRTC compiles every kernel that the package launches at the widths of the models, which needs no GPU, and its log says
 how many registers a thread has, how many bytes are spilled, and how much shared memory is static. With the shape of the
 launch this tells whether a block fits and how many of them run at a time. Results are JSON lines, one a launch, and
-docs/kernels.md is made from them. All take 20 minutes on one core. --only compiles some kernels again and keeps the
+docs/kernels.md is made from them. All take 25 minutes of one core. --only compiles some kernels again and keeps the
 lines of the others; --check writes nothing and says whether the page is up to date.
 """
 
 import argparse
 import json
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,16 +251,15 @@ Line = dict[str, Any]
 
 def compile_all(kernels: Sequence[str]) -> list[Line]:
     """A line for each launch of the `kernels`, with what it takes on every architecture that it is launched on."""
+    chosen = [(arch, launch) for arch in ARCHITECTURES for launch in launches(arch) if launch.kernel in kernels]
     lines: dict[tuple, Line] = {}
-    for arch in ARCHITECTURES:
-        for launch in launches(arch):
-            if launch.kernel not in kernels:
-                continue
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler runs beside Python
+        for (arch, launch), found in zip(chosen, pool.map(lambda pair: resources(*pair[::-1]), chosen), strict=True):
             if launch.key not in lines:
                 named = {"kernel": launch.kernel, "case": launch.case, "variant": launch.variant}
                 lines[launch.key] = {**named, "threads": launch.threads, "nvrtc": nvrtc.compiler_version()}
-            lines[launch.key][arch.name] = resources(launch, arch)
-        print(arch.name, flush=True)
+            lines[launch.key][arch.name] = found
+            print(f"\r{arch.name}, {len(lines)} launches", end="", flush=True)
     return list(lines.values())
 
 
@@ -372,7 +373,8 @@ def main(arguments: list[str] | None = None) -> None:
         if PAGE.read_text() != page(list(read().values())):
             sys.exit(f"{PAGE} is not up to date: {RERUN}")
         return
-    kept = [line for line in read().values() if line["kernel"] not in args.only] if args.only else []
+    older = [line for line in read().values() if line["kernel"] in KERNELS]
+    kept = [line for line in older if line["kernel"] not in args.only] if args.only else []
     lines = sorted(
         kept + compile_all(args.only or tuple(KERNELS)), key=lambda line: list(KERNELS).index(line["kernel"])
     )
