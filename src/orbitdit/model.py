@@ -18,7 +18,7 @@ from orbitdit.grids import EXACT, GRIDS
 from orbitdit.linear import Int4Linear, OrbitLinear, layer_class
 from orbitdit.ops import device_grids
 from orbitdit.policy import Layer, LayerPlan, Plan, build_plan
-from orbitdit.quantize import check_weight
+from orbitdit.quantize import check_finite, check_weight
 
 
 def plan(model: nn.Module, config: OrbitQuantConfig) -> Plan:
@@ -52,13 +52,16 @@ def plan(model: nn.Module, config: OrbitQuantConfig) -> Plan:
 def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True) -> Plan:
     """Quantize `model` in place, layer by layer on each layer's device, and return the plan that was carried out.
 
-    Raises as `plan` does, and TensorError, naming the weight, for NaN or Inf or weights without data;
-    the model is unchanged then.
+    Raises as `plan` does, and TensorError, naming the parameter, for NaN or Inf (in kept ones too) or weights without
+    data; the model is unchanged then.
     """
     found = plan(model, config)
     todo = found.select("quantize", "int4")
     for row in todo:
         check_weight(linear_named(model, row.name).weight, f"{row.name}.weight")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            check_finite(parameter, name)
     rows: Iterable[LayerPlan] = todo
     if progress:
         from rich.console import Console  # late: most of what imports orbitdit shows no progress
