@@ -68,6 +68,7 @@ MAY_IMPORT = {
     + "ops.rotate_encode.cuda ops.rotate_encode.reference spec",
     "explain": "config errors explanation fallbacks fusion model",
     "checkpoint": "errors",
+    "manifest": "codebooks codebooks.lloyd_max config errors ops.rotate_encode.means rotation spec",
     "integrations": "integrations.diffusers",
     "integrations.diffusers": "checkpoint config errors fusion linear model policy",
     "integrations.folders": "checkpoint config errors shapes.pipeline shapes.worlds",
