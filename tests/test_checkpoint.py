@@ -13,17 +13,28 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from families import FAMILIES
-from orbitdit import CheckpointError, DependencyError, ModelError, OrbitQuantConfig, TensorError, plan, quantize_
+from orbitdit import (
+    CheckpointError,
+    DependencyError,
+    ModelError,
+    OrbitQuantConfig,
+    TensorError,
+    manifest,
+    plan,
+    quantize_,
+)
+from orbitdit.atomic import new_folder
 from orbitdit.checkpoint import (
     check_file,
     check_folder,
     find_model,
-    new_folder,
     packed_layers_in,
     read_json,
     stored_dtype,
 )
-from orbitdit.integrations.folders import load_model, load_pipeline, quantize_folder, skeleton, transformers_in
+from orbitdit.integrations.conversion import quantize_folder
+from orbitdit.integrations.folders import load_model, load_pipeline, skeleton, transformers_in
+from orbitdit.manifest import read_header
 from orbitdit.shapes import MODEL_DIR
 
 FLUX = FAMILIES["flux"]
@@ -69,7 +80,7 @@ def pipeline(saved, tmp_path):
     (folder / "vae" / "deep").mkdir(parents=True)
     (folder / "tokenizer").mkdir()
     (folder / "vae" / "config.json").write_text('{"a":  1}')
-    (folder / "vae" / "deep" / "weights.bin").write_bytes(bytes(range(256)))
+    save_file({"x": torch.ones(3)}, folder / "vae" / "deep" / "weights.safetensors")
     (folder / "tokenizer" / "merges.txt").write_bytes("é\r\n".encode())
     (folder / "README.md").write_text("hello")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
@@ -90,11 +101,22 @@ def contents(folder):
 
 
 def assert_same_model(folder, other):
-    """File by file; only the configuration may also say where the model came from."""
+    """The same tensors in the same places. The first also has a manifest, and says where it comes from."""
     assert sorted(os.listdir(folder)) == sorted(os.listdir(other)) == ["config.json", WEIGHTS]
-    assert (folder / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+    headers = [read_header(path / WEIGHTS) for path in (folder, other)]
+    begins = [min(first for *_, first, _ in header.tensors.values()) for header in headers]
+    data = [(path / WEIGHTS).read_bytes()[begin:] for path, begin in zip((folder, other), begins, strict=True)]
+    assert data[0] == data[1]
+    places = [
+        {name: (dtype, shape, first - begin) for name, (dtype, shape, first, _) in header.tensors.items()}
+        for header, begin in zip(headers, begins, strict=True)
+    ]
+    assert places[0] == places[1]
     configs = [read_json(path / "config.json") for path in (folder, other)]
     assert [{k: v for k, v in config.items() if k != "_name_or_path"} for config in configs] == [configs[1]] * 2
+    made = manifest.loads(headers[0].metadata[manifest.ENTRY], str(folder))
+    manifest.check_config(made, configs[0], str(folder))
+    assert made["tensors"] == dict(manifest.file_hashes(folder / WEIGHTS))
 
 
 def truncate(path):

@@ -275,6 +275,9 @@ def test_weights_are_quantized_on_the_device_that_is_asked_for(run, monkeypatch,
         asked.append(device)
         raise ConfigError("seen")
 
+    monkeypatch.setattr(
+        "orbitdit.integrations.conversion.convert", lambda job, folder, device, *_: load(None, device=device)
+    )
     monkeypatch.setattr("orbitdit.integrations.folders.load_model", load)
     monkeypatch.setattr("orbitdit.evaluate.load_model", load)
     prompt = () if command == "quantize" else ("--prompt", "a red circle", "--steps", 1)
@@ -303,7 +306,7 @@ def test_an_interrupted_run_leaves_nothing(run, models, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orbitdit.integrations.folders.load_model", interrupt)
+    monkeypatch.setattr("orbitdit.integrations.conversion.convert", interrupt)
     code, out, err = run("quantize", models / "flux")
     assert code == 130
     assert "Traceback" not in out + err

@@ -67,11 +67,17 @@ MAY_IMPORT = {
     "fallbacks": "errors explanation families fusion grids linear model ops ops.int4_linear.cuda ops.linear.matmul "
     + "ops.rotate_encode.cuda ops.rotate_encode.reference spec",
     "explain": "config errors explanation fallbacks fusion model",
+    "atomic": "errors",
     "checkpoint": "errors",
+    "tensorfile": "checkpoint errors manifest",
+    "convert": "checkpoint config errors fusion lines linear manifest model quantize spec tensorfile",
     "manifest": "codebooks codebooks.lloyd_max config errors ops.rotate_encode.means rotation spec",
     "integrations": "integrations.diffusers",
     "integrations.diffusers": "checkpoint config errors fusion linear model policy",
     "integrations.folders": "checkpoint config errors shapes.pipeline shapes.worlds",
+    "integrations.layouts": "checkpoint errors tensorfile",
+    "integrations.conversion": "atomic checkpoint config convert errors integrations.folders integrations.layouts "
+    + "manifest",
     "metrics": "",
     "lines": "errors",
     "shapes": "",
@@ -81,21 +87,23 @@ MAY_IMPORT = {
     "shapes.detector": "shapes.prompts shapes.worlds",
     "shapes.pipeline": "errors shapes.prompts shapes.scenes shapes.worlds",
     "evaluate": "config errors integrations.folders metrics model policy shapes.detector shapes.prompts",
-    "report": "errors evaluate policy",
+    "report": "atomic evaluate policy",
     "page": "errors evaluate metrics policy report",
-    "cli": "checkpoint config errors evaluate explain integrations.folders lines model page report shapes "
-    + "shapes.prompts",
+    "cli": "atomic checkpoint config errors evaluate explain integrations.conversion integrations.folders lines model "
+    + "page report shapes shapes.prompts",
     "": "codebooks.lloyd_max config errors explain integrations linear model policy rotation",
 }
 """Module -> what it may import of the package; names are without "orbitdit.", which itself is the empty name. Calling
 one of the package's ops through `torch.ops` counts as an import of `ops`, which registers them."""
 
 MAY_IMPORT_OUTSIDE = {
-    "diffusers": {"integrations.diffusers", "integrations.folders", "shapes.pipeline", "cli"},
+    "diffusers": {
+        *("integrations.diffusers", "integrations.folders", "integrations.layouts", "shapes.pipeline", "cli"),
+    },
     "accelerate": {"integrations.folders"},
-    "huggingface_hub": {"checkpoint"},
+    "huggingface_hub": {"checkpoint", "convert"},
     "PIL": {"report", "page", "cli"},
-    "rich": {"model", "report", "page", "cli"},
+    "rich": {"model", "integrations.conversion", "report", "page", "cli"},
     "typer": {"cli"},
 }
 """Library -> the modules that may import it, at their top or where they use it."""

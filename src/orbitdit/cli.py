@@ -4,6 +4,7 @@ Each command takes a model folder in diffusers' layout, a hub id, or nothing for
 ends with exit code 2 and one line on standard error.
 """
 
+import os
 import signal
 import sys
 from enum import Enum
@@ -13,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from orbitdit.checkpoint import find_model, new_folder
+from orbitdit.atomic import new_folder
+from orbitdit.checkpoint import find_model
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError, ConfigError, OrbitDiTError
 from orbitdit.shapes import MODEL_DIR
@@ -96,20 +98,30 @@ def plan(  # noqa: PLR0913  # a parameter for each option
 
 
 @app.command()
-def quantize(
-    model: Model = None,
+def quantize(  # noqa: PLR0913  # a parameter for each option
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model folder, safetensors file or hub id; the embedded model if left out."),
+    ] = None,
     bits: Bits = "w4a4",
     recipe: Recipe = None,
     seed: RotationSeed = 0,
     rule: Rules = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For a file that does not say what model it is: a folder with its config.json.")
+    ] = None,
     device: On = Device.AUTO,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what was stopped, and keep what is done if stopped again.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("quantized"),
 ) -> None:
-    """Write a quantized copy of a model or a whole pipeline."""
-    from orbitdit.integrations.folders import quantize_folder
+    """Write a quantized copy of a model or a whole pipeline, with memory that does not grow with the model."""
+    from orbitdit.integrations.conversion import quantize_folder
 
-    config = _config(bits, seed, rule, recipe)
-    quantize_folder(_find(model), out, config, _device(device))
+    settings = _config(bits, seed, rule, recipe)
+    source = Path(model) if model is not None and os.path.isfile(model) else _find(model)
+    quantize_folder(source, out, settings, _device(device), config, resume)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:,.1f} MB")
 
