@@ -24,6 +24,7 @@ from orbitdit.checkpoint import (
     stored_dtype,
 )
 from orbitdit.integrations.folders import load_model, load_pipeline, quantize_folder, skeleton, transformers_in
+from orbitdit.manifest import ENTRY, read_header
 from orbitdit.shapes import MODEL_DIR
 
 FLUX = FAMILIES["flux"]
@@ -90,11 +91,21 @@ def contents(folder):
 
 
 def assert_same_model(folder, other):
-    """File by file; only the configuration may also say where the model came from."""
+    """File by file; only the configuration and the manifest may also say where the model came from."""
     assert sorted(os.listdir(folder)) == sorted(os.listdir(other)) == ["config.json", WEIGHTS]
-    assert (folder / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+    headers = [read_header(path / WEIGHTS) for path in (folder, other)]
+    data = [(path / WEIGHTS).read_bytes()[-data_size(read_header(path / WEIGHTS)) :] for path in (folder, other)]
+    assert data[0] == data[1]
+    manifests = [json.loads(header.metadata[ENTRY]) for header in headers]
+    for manifest in manifests:
+        del manifest["source"], manifest["fingerprint"]
+    assert manifests[0] == manifests[1]
     configs = [read_json(path / "config.json") for path in (folder, other)]
     assert [{k: v for k, v in config.items() if k != "_name_or_path"} for config in configs] == [configs[1]] * 2
+
+
+def data_size(header):
+    return header.end - min(first for _, _, first, _ in header.tensors.values())
 
 
 def truncate(path):
@@ -102,8 +113,13 @@ def truncate(path):
 
 
 def change(folder, name, spoiled):
-    """Replace a tensor in `folder`, or drop it."""
-    tensors = load_file(folder / WEIGHTS)
+    """Replace a tensor in `folder`, or drop it. Quantized models become what version 4 wrote: without a manifest."""
+    tensors = {key: tensor for key, tensor in load_file(folder / WEIGHTS).items() if not key.endswith(".spec")}
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        del config["quantization_config"]["layers"]
+        config["quantization_config"]["format_version"] = 4
+        (folder / "config.json").write_text(json.dumps(config))
     tensor = tensors.pop(name)
     if spoiled is not None:
         tensors[name] = spoiled(tensor).contiguous()
