@@ -72,8 +72,9 @@ MAY_IMPORT = {
     "tensorfile": "checkpoint errors manifest",
     "convert": "checkpoint config errors fusion lines linear manifest model quantize spec tensorfile",
     "manifest": "codebooks codebooks.lloyd_max config errors ops.rotate_encode.means rotation spec",
+    "verify": "checkpoint errors manifest",
     "integrations": "integrations.diffusers",
-    "integrations.diffusers": "checkpoint config errors fusion linear model policy",
+    "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy verify",
     "integrations.folders": "checkpoint config errors shapes.pipeline shapes.worlds",
     "integrations.layouts": "checkpoint errors tensorfile",
     "integrations.conversion": "atomic checkpoint config convert errors integrations.folders integrations.layouts "

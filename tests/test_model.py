@@ -83,7 +83,7 @@ def test_bytes_of_the_plan_are_those_of_the_tensors(family):
     model = nn.Module.to(family.build(), torch.bfloat16)
     found = quantize_(model, OrbitQuantConfig("w3a8", trellis_states=8), progress=False)
     for row in found.layers:
-        tensors = model.get_submodule(row.name).state_dict().values()
+        tensors = model.get_submodule(row.name).parameters()
         assert sum(t.numel() * t.element_size() for t in tensors) == row.bytes_after, row.name
 
 

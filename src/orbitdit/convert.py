@@ -25,7 +25,7 @@ from orbitdit.checkpoint import main_dtype
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError, TensorError
 from orbitdit.fusion import places
-from orbitdit.linear import Int4Linear, OrbitLinear
+from orbitdit.linear import Int4Linear, OrbitLinear, spec_tensor
 from orbitdit.lines import append_line, resume_lines
 from orbitdit.model import empty_layer, linear_named, plan, replace_module
 from orbitdit.quantize import block_rows, check_finite, encoder
@@ -190,11 +190,11 @@ class _Output:
 def _fill(job: Job, output: _Output, device: torch.device, told: Callable[[int], object]) -> None:
     """Quantize or copy what is not complete yet, in the model's order."""
     todo: list[tuple[tuple[str, ...], Source, LayerSpec | None]] = []
-    for name, value in job.model.state_dict().items():
+    for name, value in _state(job.model):
         layer, _, part = name.rpartition(".")
         spec = job.specs.get(layer)
-        if spec is not None and part not in ("codes", "scales", "bias"):
-            output.write(name, value)  # what a layer says of itself
+        if spec is not None and part == "spec":
+            output.write(name, value)
             output.complete(name)
         elif spec is not None and part == "codes":
             todo.append(((name, f"{layer}.scales"), job.sources[f"{layer}.weight"], spec))
@@ -244,13 +244,24 @@ def _tensors(job: Job) -> dict[str, Tensor]:
     dtype = main_dtype(source.dtype for source in job.sources.values())
     in_fp32 = set(model._keep_in_fp32_modules or ())
     found = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _state(model):
         if name in job.sources:
             stored = job.sources[name].dtype
             kept = torch.float32 if in_fp32 & set(name.split(".")) else dtype
             tensor = torch.empty_like(tensor, dtype=kept if stored.is_floating_point else stored, device="meta")
         found[name] = tensor.to("meta")
     return found
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The state of `model` as it will be when its layers have values: with their specs."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        own: dict[str, Tensor] = {}
+        module._save_to_state_dict(own, prefix, keep_vars=False)
+        yield from own.items()
+        if isinstance(module, OrbitLinear | Int4Linear):
+            yield f"{prefix}spec", spec_tensor(module.spec)
 
 
 def _open(path: Path) -> BinaryIO:
