@@ -4,6 +4,7 @@ Each command takes a model folder in diffusers' layout, a hub id, or nothing for
 ends with exit code 2 and one line on standard error.
 """
 
+import io
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from rich.console import Console
 from orbitdit.atomic import new_folder
 from orbitdit.checkpoint import find_model
 from orbitdit.config import OrbitQuantConfig
-from orbitdit.errors import CheckpointError, ConfigError, OrbitDiTError
+from orbitdit.errors import CheckpointError, ConfigError, OrbitDiTError, PromptError
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import benchmark
 
@@ -55,7 +56,17 @@ Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels; the pip
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a video; the pipeline's own if left out.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own if left out.")]
 On = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU when there is one.")]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt. Repeatable.")]
+
+
+def _text(prompts: list[str] | None) -> list[str] | None:
+    """The prompts, if they can be written as UTF-8. Raises PromptError for bytes of a terminal that are no text."""
+    for prompt in prompts or []:
+        if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise PromptError(f"the prompt {prompt!r} is no text: write it in UTF-8")
+    return prompts
+
+
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt. Repeatable.", callback=_text)]
 NoiseSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the initial noise; picture i uses seed + i.")]
 
 
@@ -281,7 +292,12 @@ def evaluate(  # noqa: PLR0913  # a parameter for each option
 
 def main() -> None:
     """Run the command line; every error is one line on standard error."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed
+    for name in ("SIGTERM", "SIGHUP"):  # so that half-written folders are removed
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except typer.TyperException as error:
@@ -295,6 +311,10 @@ def main() -> None:
         _fail(f"{EXTRA[module]} is not installed: run pip install 'orbitdit[diffusers]'")
     except typer.Abort:
         _fail("interrupted")
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error})")
+    except MemoryError:
+        _fail("there is not enough memory: choose a smaller model or picture")
 
 
 def _fail(message: str) -> None:

@@ -51,9 +51,9 @@ class QuantMethod(str, Enum):
 
 def parse_bits(text: str) -> tuple[int, int]:
     """("w2a4") -> (2, 4), weight and activation bits. Raises ConfigError for anything else."""
-    match = re.fullmatch(r"w([0-9]+)a([0-9]+)", text.lower()) if isinstance(text, str) else None
+    match = re.fullmatch(r"w([0-9]{1,3})a([0-9]{1,3})", text.lower()) if isinstance(text, str) else None
     if match is None:
-        raise ConfigError(f"bits {text!r} are not understood; write them as 'w4a4', 'w2a4' or 'w4a16'")
+        raise ConfigError(f"bits {text!r:.80} are not understood; write them as 'w4a4', 'w2a4' or 'w4a16'")
     bits = int(match[1]), int(match[2])
     _check_bits(*bits)
     return bits

@@ -26,6 +26,8 @@ from orbitdit.shapes.worlds import SHAPES, WORLDS, World
 OWN_PIPELINES = {"ShapesPipeline": "orbitdit.shapes.pipeline"}
 """Pipelines that diffusers does not know: class -> module."""
 
+LIBRARIES = ("diffusers", "transformers", *OWN_PIPELINES.values())
+"""Where classes of components come from."""
 MAX_PARAMETERS = 20_000
 """Of a model; the largest that diffusers has are of some thousand tensors."""
 
@@ -43,7 +45,9 @@ def transformers_in(folder: Path) -> dict[str, Path]:
 
 
 def components_in(folder: Path) -> list[str]:
-    """The names of components in `folder/model_index.json`, whether their folders are there or not."""
+    """The names of components in `folder/model_index.json`, whether their folders are there or not.
+
+    Raises CheckpointError for one that is no plain name."""
     index = folder / "model_index.json"
     return [check_name(name, index) for name, value in read_json(index).items() if isinstance(value, list)]
 
@@ -127,8 +131,9 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeli
     name = read_json(folder / "model_index.json").get("_class_name")
     for component in transformers_in(folder).values():
         check_folder(component)
+    _check_libraries(folder)
     cls = diffusers.DiffusionPipeline
-    if name in OWN_PIPELINES:
+    if isinstance(name, str) and name in OWN_PIPELINES:
         cls = getattr(importlib.import_module(OWN_PIPELINES[name]), name)
     elif not _is_class(name, diffusers.DiffusionPipeline):
         raise CheckpointError(f"{folder}: the pipeline class {name!r} is unknown to diffusers {diffusers.__version__}")
@@ -139,7 +144,8 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeli
 def world_of(folder: Path) -> World | None:
     """The world whose pictures the pipeline in `folder` draws, None for a model of anything else."""
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
-    return WORLDS.get(index.get("world", SHAPES.name)) if index.get("_class_name") == "ShapesPipeline" else None
+    world = index.get("world", SHAPES.name)
+    return WORLDS.get(world) if isinstance(world, str) and index.get("_class_name") == "ShapesPipeline" else None
 
 
 def _model_class(config: dict[str, Any], where: Path) -> Any:
@@ -147,6 +153,18 @@ def _model_class(config: dict[str, Any], where: Path) -> Any:
     if not _is_class(name, diffusers.ModelMixin):
         raise CheckpointError(f"{where}: the model class {name!r} is unknown to diffusers {diffusers.__version__}")
     return getattr(diffusers, str(name))
+
+
+def _check_libraries(folder: Path) -> None:
+    """Raise CheckpointError for components of libraries that no pipeline needs: diffusers would import them."""
+    index = folder / "model_index.json"
+    for name, value in read_json(index).items():
+        library = value[0] if isinstance(value, list) and value else None
+        known = isinstance(library, str) and (library in LIBRARIES or hasattr(diffusers.pipelines, library))
+        if library is not None and not known:
+            raise CheckpointError(
+                f"{index}: {name!r} is of the library {library!r:.80}; those of {', '.join(LIBRARIES)} are imported"
+            )
 
 
 def _is_class(name: Any, base: type) -> bool:
