@@ -98,6 +98,7 @@ def _scratch(target: Path, resume: bool) -> Iterator[Path]:
     try:
         _check_free(target)
         if scratch.exists() and not left_behind:
+            lock.unlink()
             raise CheckpointError(f"{scratch} is in the way, and no leftover of orbitdit: remove it")
         if not resume:
             shutil.rmtree(scratch, ignore_errors=True)
