@@ -2,7 +2,8 @@
 
 `python -m benchmarks.convert --model flux-dev --work FOLDER --out FILE` writes the source (24 GB for flux-dev) to
 FOLDER, unless it is there, converts it in a process of its own, and appends a line. `read_s` is the time that reading
-the source's bytes takes, `encode_s` that of `quantize_weight` alone (one layer of each kind, times how many there are);
+the source's bytes takes, `encode_s` that of `quantize_weight` alone (one layer of each kind, times how many there are;
+on a CPU it is CPU time, to be compared with `user_s` and `system_s`, since other processes may share the cores).
 `rss_mb` is the resident memory after imports, `peak_mb` the largest during the conversion, over that.
 """
 
@@ -75,16 +76,16 @@ def encode_seconds(name: str, config: OrbitQuantConfig, device: str) -> float:
     """The time that encoding all layers takes, without reading and writing."""
     found = plan(skeleton(name), config)
     kinds = Counter(row.spec for row in found.select("quantize", "int4"))
-    seconds = 0.0
+    seconds, clock = 0.0, time.perf_counter if device == "cuda" else time.process_time
     for spec, count in kinds.items():
         assert spec is not None
         weight = torch.randn(spec.out_features, spec.in_features, device=device).to(torch.bfloat16)
         quantize_weight(weight, spec)  # tables
-        start = time.perf_counter()
+        start = clock()
         quantize_weight(weight, spec)
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds += count * (time.perf_counter() - start)
+        seconds += count * (clock() - start)
     return seconds
 
 
@@ -99,9 +100,11 @@ def convert(source: Path, target: Path, bits: str, device: str) -> None:
     if device == "cuda":
         torch.cuda.init()
     before, start = resident_mb("VmRSS"), time.perf_counter()
+    earlier = resource.getrusage(resource.RUSAGE_SELF)
     quantize_folder(source, target, OrbitQuantConfig(bits), device)
     seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
-    facts = {"seconds": round(seconds, 1), "user_s": round(used.ru_utime, 1), "system_s": round(used.ru_stime, 1)}
+    user, system = used.ru_utime - earlier.ru_utime, used.ru_stime - earlier.ru_stime
+    facts = {"seconds": round(seconds, 1), "user_s": round(user, 1), "system_s": round(system, 1)}
     facts |= {"rss_mb": round(before), "peak_mb": round(resident_mb("VmHWM") - before)}
     if device == "cuda":
         facts["peak_gpu_mb"] = round(torch.cuda.max_memory_reserved() / 1e6)
