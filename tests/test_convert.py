@@ -10,6 +10,7 @@ import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from families import FAMILIES
 from orbitdit import CheckpointError, ConfigError, OrbitQuantConfig, TensorError, convert, quantize_
@@ -59,8 +60,7 @@ def edited(folder, target, **tensors):
     return target
 
 
-@pytest.mark.parametrize("recipe", ["w4a4", "w2a4"])
-@pytest.mark.parametrize("elements", [1, 300, 1 << 20])
+@pytest.mark.parametrize(("recipe", "elements"), [("w4a4", 1 << 20), ("w4a4", 1500), ("w2a4", 3000)])
 def test_codes_are_those_of_quantizing_in_place(source, tmp_path, monkeypatch, recipe, elements):
     monkeypatch.setattr("orbitdit.quantize._BLOCK_ELEMENTS", elements)
     config = OrbitQuantConfig(recipe)
@@ -167,7 +167,7 @@ def test_layouts_that_do_not_fit(tmp_path, monkeypatch, change):
 def test_a_single_file_is_the_same_as_its_folder(source, expected, tmp_path):
     """In diffusers' layout, which does not say of which model it is."""
     shutil.copy(source / WEIGHTS, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="does not say what model it is: name a folder with its config.json by"):
+    with pytest.raises(CheckpointError, match="does not say what model it is: name a folder with"):
         quantize_folder(tmp_path / "model.safetensors", tmp_path / "out", W4A4)
     quantize_folder(tmp_path / "model.safetensors", tmp_path / "out", W4A4, layout=source)
     assert same(state_of(tmp_path / "out"), state_of(expected))
@@ -261,9 +261,9 @@ def test_tensors_that_cannot_be_converted_are_named(source, tmp_path, case):
     assert os.listdir(tmp_path) == ["bad"]
 
 
-def stopped(monkeypatch, source, target, after, resume=True):
-    """Convert, stopped once `after` bytes of the source are done."""
-    done = 0
+def stopped(monkeypatch, source, target, share, resume=True):
+    """Convert, stopped once this share of the source's bytes is done."""
+    done, after = 0, share * (source / WEIGHTS).stat().st_size
 
     def count(n):
         nonlocal done
@@ -280,9 +280,9 @@ def stopped(monkeypatch, source, target, after, resume=True):
             quantize_folder(source, target, W4A4, resume=resume)
 
 
-@pytest.mark.parametrize("after", [0, 100_000, 300_000])
-def test_resuming_gives_the_same_bytes_with_what_is_left_to_do(source, expected, tmp_path, monkeypatch, after):
-    stopped(monkeypatch, source, tmp_path / "out", after)
+@pytest.mark.parametrize("share", [0, 0.4, 0.9])
+def test_resuming_gives_the_same_bytes_with_what_is_left_to_do(source, expected, tmp_path, monkeypatch, share):
+    stopped(monkeypatch, source, tmp_path / "out", share)
     assert sorted(os.listdir(tmp_path)) == [".out.orbitdit-lock", ".out.orbitdit-partial"]
     encoded = []
     real = convert.encoder
@@ -291,12 +291,12 @@ def test_resuming_gives_the_same_bytes_with_what_is_left_to_do(source, expected,
     assert contents(tmp_path / "out") == contents(expected)
     assert os.listdir(tmp_path) == ["out"]
     total = len(load_model(expected).config.quantization_config.layers)
-    assert len(encoded) == total if after == 0 else len(encoded) < total
+    assert len(encoded) == total if share == 0 else len(encoded) < total
 
 
 def test_what_was_damaged_since_is_made_again(source, expected, tmp_path, monkeypatch):
     """As after a loss of power: the journal was written, and what it speaks of was not."""
-    stopped(monkeypatch, source, tmp_path / "out", 300_000)
+    stopped(monkeypatch, source, tmp_path / "out", 0.9)
     file = tmp_path / ".out.orbitdit-partial" / WEIGHTS
     data = bytearray(file.read_bytes())
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
@@ -307,7 +307,7 @@ def test_what_was_damaged_since_is_made_again(source, expected, tmp_path, monkey
 
 def test_another_source_or_configuration_is_not_resumed(source, expected, tmp_path, monkeypatch):
     copy = shutil.copytree(source, tmp_path / "flux")
-    stopped(monkeypatch, copy, tmp_path / "out", 100_000)
+    stopped(monkeypatch, copy, tmp_path / "out", 0.4)
     with pytest.raises(CheckpointError, match="run without --resume"):
         quantize_folder(copy, tmp_path / "out", OrbitQuantConfig("w3a3"), resume=True)
     os.utime(copy / WEIGHTS, (time.time() + 9, time.time() + 9))
@@ -429,11 +429,18 @@ def test_too_many_layers_are_refused_at_once(source, tmp_path):
     shutil.copytree(source, tmp_path / "flux")
     config = json.loads((source / "config.json").read_text())
     (tmp_path / "flux" / "config.json").write_text(json.dumps({**config, "num_layers": 10**5}))
-    start = time.process_time()
+    made = 0
+
+    def count(*_):
+        nonlocal made
+        made += 1
+
+    handle = register_module_parameter_registration_hook(count)
     for function in (skeleton, load_model):
-        with pytest.raises(CheckpointError, match="more than 20,000 tensors"):
+        with pytest.raises(CheckpointError, match="more than 10,000 tensors"):
             function(tmp_path / "flux")
-    assert time.process_time() - start < 10  # 25 s and more without the bound
+    handle.remove()
+    assert made < 2 * 10_002  # of three million
 
 
 @pytest.mark.parametrize("library", ["evil", "os", 5, {}])

@@ -28,7 +28,7 @@ OWN_PIPELINES = {"ShapesPipeline": "orbitdit.shapes.pipeline"}
 
 LIBRARIES = ("diffusers", "transformers", *OWN_PIPELINES.values())
 """Where classes of components come from."""
-MAX_PARAMETERS = 20_000
+MAX_PARAMETERS = 10_000
 """Of a model; the largest that diffusers has are of some thousand tensors."""
 
 
