@@ -141,8 +141,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The floating dtype that most tensors of a model folder are stored in; fp32 when it holds none."""
+    return most_common_dtype(check_folder(folder))
+
+
+def most_common_dtype(files: Iterable[Path]) -> torch.dtype:
+    """The floating dtype that most tensors in safetensors files are stored in; fp32 when they hold none."""
     names: Counter[str] = Counter()
-    for path in check_folder(folder):
+    for path in files:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             names.update(file.get_slice(key).get_dtype() for key in keys)
