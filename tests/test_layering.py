@@ -69,11 +69,12 @@ MAY_IMPORT = {
     "explain": "config errors explanation fallbacks fusion model",
     "checkpoint": "errors",
     "manifest": "codebooks codebooks.lloyd_max config errors ops.rotate_encode.means rotation spec",
-    "verify": "checkpoint errors manifest",
+    "verify": "checkpoint config errors manifest",
     "integrations": "integrations.diffusers integrations.single_file",
-    "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy verify",
+    "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy spec verify",
     "integrations.single_file": "checkpoint config errors integrations.diffusers manifest verify",
-    "integrations.folders": "checkpoint config errors shapes.pipeline shapes.worlds",
+    "integrations.folders": "checkpoint config errors integrations.diffusers integrations.single_file manifest "
+    + "shapes.pipeline shapes.worlds verify",
     "metrics": "",
     "lines": "errors",
     "shapes": "",
@@ -85,8 +86,8 @@ MAY_IMPORT = {
     "evaluate": "config errors integrations.folders metrics model policy shapes.detector shapes.prompts",
     "report": "errors evaluate policy",
     "page": "errors evaluate metrics policy report",
-    "cli": "checkpoint config errors evaluate explain integrations.folders lines model page report shapes "
-    + "shapes.prompts",
+    "cli": "checkpoint config errors evaluate explain integrations.folders integrations.single_file lines model page "
+    + "report shapes shapes.prompts verify",
     "": "codebooks.lloyd_max config errors explain integrations linear model policy rotation verify",
 }
 """Module -> what it may import of the package; names are without "orbitdit.", which itself is the empty name. Calling

@@ -298,6 +298,18 @@ def file_hashes(path: str | os.PathLike[str], block: int = 1 << 22) -> Iterator[
             yield name, found.hexdigest()
 
 
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """The hash of a file's bytes, whatever it is."""
+    found = xxhash.xxh3_128()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                found.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): download or copy it again") from error
+    return found.hexdigest()
+
+
 def replace_metadata(path: str | os.PathLike[str], **entries: str) -> None:
     """Overwrite entries of a safetensors file's metadata in place, each by a text that takes as many bytes.
 

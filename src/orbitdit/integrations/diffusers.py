@@ -13,6 +13,7 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from orbitdit.checkpoint import check_file, packed_layers_in
 from orbitdit.config import OrbitQuantConfig, QuantMethod
 from orbitdit.errors import CheckpointError, ConfigError, ModelError, TensorError
 from orbitdit.fusion import Places, connect, places
-from orbitdit.linear import Int4Linear, OrbitLinear, is_offloaded
+from orbitdit.linear import Int4Linear, OrbitLinear, is_offloaded, spec_tensor
 from orbitdit.manifest import ENTRY, check_config, check_names, dumps, make, read_header, source_of, tensor_hash
 from orbitdit.model import announce, dequantize_, empty_layer, linear_named, plan, quantize_layer, replace_module
 from orbitdit.policy import LayerPlan, as_stored
+from orbitdit.spec import LayerSpec
 from orbitdit.verify import Check, shared_manifest
 
 
@@ -159,6 +161,11 @@ class OrbitQuantizer(DiffusersQuantizer):
         )
         manifest = {**manifest, "config": {**manifest["config"], "quantization_config": saved}}
         check_config(manifest, given, self.check.where, exactly=False)
+        for key, found in manifest["tensors"].items():
+            name, _, part = key.rpartition(".")
+            spec = self.rows[name].spec if name in self.rows else None
+            if part in ("codes", "spec") and (spec is None or (part == "spec" and found != _spec_hash(spec))):
+                raise CheckpointError(f"{self.check.where}: {key!r} is not as the configuration says: copy it again")
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -244,6 +251,11 @@ class OrbitQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         return dequantize_(model)
+
+
+@cache
+def _spec_hash(spec: LayerSpec) -> str:
+    return tensor_hash(spec_tensor(spec))
 
 
 def check_complete(model: nn.Module) -> None:

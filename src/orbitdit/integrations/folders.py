@@ -16,7 +16,10 @@ from torch import nn
 from orbitdit.checkpoint import PICKLES, check_folder, new_folder, read_json, stored_dtype
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError, DependencyError, ModelError, OrbitDiTError
+from orbitdit.integrations.diffusers import check_complete
+from orbitdit.integrations.single_file import load_file
 from orbitdit.shapes.worlds import SHAPES, WORLDS, World
+from orbitdit.verify import check_listing, read_saved, write_listing
 
 OWN_PIPELINES = {"ShapesPipeline": "orbitdit.shapes.pipeline"}
 """Pipelines that diffusers does not know: class -> module."""
@@ -60,11 +63,16 @@ def load_model(
 ) -> nn.Module:
     """The model in `folder`, quantized while loading when `config` is given, in `dtype` or as it is stored.
 
+    `folder` may also be the one file of a quantized model.
+
     `device` (the CPU if left out) is where its weights are quantized, one by one, and where it is then.
     Raises CheckpointError for files that are missing, damaged or pickles, for tensors that are missing or have
     another shape, and errors as `orbitdit.plan` does.
     """
+    if folder.is_file() and config is None:
+        return load_file(folder, dtype, device or "cpu")
     check_folder(folder)
+    read_saved(folder)
     if config is not None and "quantization_config" in read_json(folder / "config.json"):
         raise ModelError(f"{folder} is quantized already: name the full-precision model instead")
     cls = _model_class(folder)
@@ -79,6 +87,7 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise CheckpointError(f"{folder} has no tensor {missing!r}: it is incomplete or of another model")
+    check_complete(model)
     return model
 
 
@@ -90,6 +99,8 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeli
     name = read_json(folder / "model_index.json").get("_class_name")
     for component in transformers_in(folder).values():
         check_folder(component)
+        read_saved(component)
+    check_listing(folder)
     cls = diffusers.DiffusionPipeline
     if name in OWN_PIPELINES:
         cls = getattr(importlib.import_module(OWN_PIPELINES[name]), name)
@@ -125,6 +136,8 @@ def quantize_folder(folder: Path, target: Path, config: OrbitQuantConfig, device
                 shutil.copytree(item, scratch / item.name)
             elif item.is_file() and item.suffix not in WEIGHTS:
                 shutil.copy2(item, scratch / item.name)
+        if "" not in components:
+            write_listing(scratch)
 
 
 def _model_class(folder: Path) -> Any:
