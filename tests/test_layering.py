@@ -70,7 +70,8 @@ MAY_IMPORT = {
     "checkpoint": "errors",
     "manifest": "codebooks codebooks.lloyd_max config errors ops.rotate_encode.means rotation spec",
     "verify": "checkpoint config errors manifest",
-    "integrations": "integrations.diffusers integrations.single_file",
+    "integrations": "integrations.diffusers integrations.saving integrations.single_file",
+    "integrations.saving": "config errors integrations.diffusers",
     "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy spec verify",
     "integrations.single_file": "checkpoint config errors integrations.diffusers manifest verify",
     "integrations.folders": "checkpoint config errors integrations.diffusers integrations.single_file manifest "
@@ -95,7 +96,8 @@ one of the package's ops through `torch.ops` counts as an import of `ops`, which
 
 MAY_IMPORT_OUTSIDE = {
     "diffusers": {
-        *("integrations.diffusers", "integrations.folders", "integrations.single_file", "shapes.pipeline", "cli"),
+        *("integrations.diffusers", "integrations.folders", "integrations.saving", "integrations.single_file"),
+        *("shapes.pipeline", "cli"),
     },
     "accelerate": {"integrations.folders", "integrations.single_file"},
     "huggingface_hub": {"checkpoint"},

@@ -26,6 +26,7 @@ from orbitdit.manifest import (
     NO_SOURCE,
     Manifest,
     check_config,
+    check_fingerprint,
     check_hash,
     check_names,
     file_hash,
@@ -145,6 +146,7 @@ def read_saved(path: str | os.PathLike[str]) -> list[Saved]:
         manifest = shared_manifest(files)
         if manifest is not None:
             check_config(manifest, config, str(path / "config.json"))
+            check_fingerprint(manifest, config["quantization_config"].get("fingerprint", ""), str(files[0]))
             if names is not None:
                 check_names(manifest, names, f"the index of {path}")
         elif config.get("quantization_config", {}).get("layers"):

@@ -14,6 +14,7 @@ from types import ModuleType
 
 _AFTER = {
     "diffusers.quantizers.auto": "orbitdit.integrations.diffusers",  # enters orbitdit in the table of quantizers
+    "diffusers.models.modeling_utils": "orbitdit.integrations.saving",  # extends save_pretrained
     "diffusers.loaders.single_file_model": "orbitdit.integrations.single_file",  # extends from_single_file
 }
 """Modules of diffusers, and which of ours registers itself there when it is imported."""

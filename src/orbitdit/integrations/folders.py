@@ -161,7 +161,9 @@ def _is_class(name: Any, base: type) -> bool:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """Turn what diffusers raises on files it cannot use into one line with the folder's name."""
+    """Turn what diffusers raises on files it cannot use into one line with the folder's name, and undo the default
+    dtype that it then leaves behind."""
+    dtype = torch.get_default_dtype()
     try:
         yield
     except OrbitDiTError:
@@ -169,3 +171,5 @@ def _readable(folder: Path) -> Iterator[None]:
     except (AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).partition(". If you want")[0].split())
         raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+    finally:
+        torch.set_default_dtype(dtype)

@@ -25,7 +25,7 @@ from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError, ModelError
 from orbitdit.integrations.diffusers import OrbitQuantizer
 from orbitdit.manifest import ENTRY, read_header
-from orbitdit.verify import read_saved
+from orbitdit.verify import Saved, read_saved
 
 HUB_OPTIONS = {"force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "config_revision"}
 """Arguments of `from_single_file` that mean nothing for a local file."""
@@ -70,17 +70,17 @@ def load_file(
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(cls, type) or not issubclass(cls, diffusers.ModelMixin):
         raise CheckpointError(f"{path}: the model class {name!r} is unknown to diffusers {diffusers.__version__}")
-    return _load(cls, Path(path), saved.config, dtype or most_common_dtype(saved.files), device, disable_mmap)
+    return _load(cls, saved, dtype or most_common_dtype(saved.files), device, disable_mmap)
 
 
-def _load(
-    cls: Any, path: Path, config: dict[str, Any], dtype: torch.dtype, device: str | torch.device, disable_mmap: bool
-) -> nn.Module:
+def _load(cls: Any, saved: Saved, dtype: torch.dtype, device: str | torch.device, disable_mmap: bool) -> nn.Module:
     """As `from_pretrained` does it, with the same quantizer."""
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    assert saved.manifest is not None
+    path, config = saved.where, {**saved.config["quantization_config"], "fingerprint": saved.manifest["fingerprint"]}
+    plain = {key: value for key, value in saved.config.items() if key != "quantization_config"}
     with init_empty_weights():
         model = cls.from_config(plain)
-    quantizer = OrbitQuantizer(OrbitQuantConfig.from_dict(config["quantization_config"]), pre_quantized=True)
+    quantizer = OrbitQuantizer(OrbitQuantConfig.from_dict(config), pre_quantized=True)
     quantizer.maybe_update_loaded_keys(list(read_header(path).tensors), [str(path)])
     whole = quantizer.maybe_update_state_dict(
         safetensors.torch.load(path.read_bytes()) if disable_mmap else safetensors.torch.load_file(path)
@@ -115,7 +115,7 @@ def _from_single_file(original: Any) -> Any:
             raise CheckpointError(f"{path} is quantized already: it cannot be loaded with {min(given)}")
         dtype = options.get("dtype") or options.get("torch_dtype") or torch.float32
         device = options.get("device") or "cpu"
-        return _load(cls, Path(path), saved.config, dtype, device, options.get("disable_mmap", False))
+        return _load(cls, saved, dtype, device, options.get("disable_mmap", False))
 
     return from_single_file
 
