@@ -17,6 +17,7 @@ from families import FAMILIES, every_family
 from orbitdit import ConfigError, OrbitQuantConfig, cli, explain, plan
 from orbitdit.integrations.folders import load_model, skeleton
 from orbitdit.shapes import MODEL_DIR
+from orbitdit.verify import LISTING
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAST = "single_transformer_blocks.1.proj_out.weight"
@@ -242,7 +243,7 @@ def test_quantize_the_embedded_pipeline(run):
     assert out == f"quantized: {size / 1e6:,.1f} MB\n"
     assert size < sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file()) / 4
     files = sorted(str(path.relative_to(MODEL_DIR)) for path in MODEL_DIR.rglob("*"))
-    assert sorted(str(path.relative_to(target)) for path in target.rglob("*")) == files
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*")) == sorted([*files, LISTING])
     for name in files:
         if (target / name).is_file() and not name.startswith("transformer"):
             assert (target / name).read_bytes() == (MODEL_DIR / name).read_bytes()

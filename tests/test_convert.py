@@ -19,6 +19,7 @@ from orbitdit.integrations.conversion import quantize_folder
 from orbitdit.integrations.folders import load_model, load_pipeline, skeleton
 from orbitdit.integrations.layouts import file_sources, flux_config, folder_sources, in_layout_of
 from orbitdit.shapes import MODEL_DIR
+from orbitdit.verify import LISTING, verify
 
 FLUX, W4A4 = FAMILIES["flux"], OrbitQuantConfig("w4a4")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -344,7 +345,13 @@ def test_a_pipeline_without_text_encoders(pipeline, tmp_path):
     """As ComfyUI's users have it: the index names one, and its folder is not there."""
     shutil.rmtree(pipeline / "text_encoder")
     quantize_folder(pipeline, tmp_path / "out", W4A4)
-    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "model_index.json", "scheduler", "transformer"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "README.md",
+        "model_index.json",
+        LISTING,
+        "scheduler",
+        "transformer",
+    ]
 
 
 def test_what_is_copied(pipeline, tmp_path):
@@ -355,7 +362,7 @@ def test_what_is_copied(pipeline, tmp_path):
         (pipeline / name).write_text("x")
     os.mkfifo(pipeline / "scheduler" / "pipe.json")
     quantize_folder(pipeline, tmp_path / "out", W4A4)
-    assert sorted(contents(tmp_path / "out")) == sorted({*contents(MODEL_DIR), "LICENSE"})
+    assert sorted(contents(tmp_path / "out")) == sorted({*contents(MODEL_DIR), "LICENSE", LISTING})
 
 
 @pytest.mark.parametrize("name", ["/etc", "..", "../pipe2", "a/b", "a\\b", "C:x", "", ".", "a\0b", "x" * 300, "a\nb"])
@@ -410,7 +417,8 @@ def test_links_of_the_hubs_cache_are_followed(pipeline, tmp_path):
         path.rename(repository / "blobs" / str(i))
         path.symlink_to(os.path.relpath(repository / "blobs" / str(i), path.parent))
     quantize_folder(snapshot, tmp_path / "out", W4A4)
-    assert sorted(contents(tmp_path / "out")) == sorted(contents(MODEL_DIR))
+    assert not any(finding.error for finding in verify(tmp_path / "out"))
+    assert sorted(contents(tmp_path / "out")) == sorted({*contents(MODEL_DIR), LISTING})
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     shutil.copy(repository / "blobs" / "0", tmp_path / "secret.md")
     (snapshot / "secret.md").symlink_to(tmp_path / "secret.md")

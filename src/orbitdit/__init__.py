@@ -24,6 +24,7 @@ from orbitdit.linear import Int4Linear, OrbitLinear
 from orbitdit.model import dequantize_, plan, quantize_, set_grid_
 from orbitdit.policy import LayerPlan, Plan
 from orbitdit.rotation import Rotation
+from orbitdit.verify import unverified
 
 __version__ = "0.2.0"
 
@@ -49,6 +50,7 @@ __all__ = [
     "plan",
     "quantize_",
     "set_grid_",
+    "unverified",
 ]
 
 register_on_import()

@@ -137,10 +137,15 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """`main_dtype` of the tensors of a model folder."""
+    """`most_common_dtype` of the tensors of a model folder."""
+    return most_common_dtype(check_folder(folder))
+
+
+def most_common_dtype(files: Iterable[Path]) -> torch.dtype:
+    """`main_dtype` of the tensors in safetensors files."""
     named = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": FP8[0], "F8_E5M2": FP8[1]}
     dtypes = []
-    for path in check_folder(folder):
+    for path in files:
         with safe_open(path, framework="pt") as file:
             names = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118  # no mapping
             dtypes += [named[name] for name in names if name in named]

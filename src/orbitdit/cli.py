@@ -1,4 +1,4 @@
-"""The command line: `orbitdit plan | quantize | generate | compare | evaluate`.
+"""The command line: `orbitdit plan | quantize | verify | info | pack | generate | compare | evaluate`.
 
 Each command takes a model folder in diffusers' layout, a hub id, or nothing for the embedded model. Bad use
 ends with exit code 2 and one line on standard error.
@@ -50,6 +50,7 @@ Rules = Annotated[
     list[str] | None,
     typer.Option("--rule", help="GLOB=ACTION over layer names; quantize, int4, keep, or bits. Repeatable."),
 ]
+Saved = Annotated[Path, typer.Argument(help="Folder or safetensors file of a quantized model, or a pipeline's folder.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if left out.")]
 Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels; the pipeline's own if left out.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels; the pipeline's own if left out.")]
@@ -135,6 +136,45 @@ def quantize(  # noqa: PLR0913  # a parameter for each option
     quantize_folder(source, out, settings, _device(device), config, resume)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:,.1f} MB")
+
+
+@app.command()
+def verify(path: Saved) -> None:
+    """Compare a quantized model or pipeline with what was saved: every tensor and configuration, by hashes."""
+    from orbitdit.verify import verify as findings
+
+    wrong = 0
+    for finding in findings(path):
+        wrong += bool(finding.problem)
+        print(f"WRONG  {finding.problem}" if finding.problem else f"ok     {finding.where}: {finding.note}", flush=True)
+    if wrong:
+        sys.exit(1)
+
+
+@app.command()
+def info(path: Saved) -> None:
+    """Show what a quantized model or pipeline is: layers, bits, sizes, where it came from, fingerprint."""
+    from orbitdit.verify import describe
+
+    for number, found in enumerate(describe(path)):
+        if number:
+            print()
+        for key, value in found.items():
+            print(f"{key:15} {value}")
+
+
+@app.command()
+def pack(
+    path: Saved, out: Annotated[Path, typer.Option(help="The safetensors file to write; it must not exist.")]
+) -> None:
+    """Write a quantized model's folder as one safetensors file, which holds its configuration too."""
+    from orbitdit.integrations.folders import load_model
+    from orbitdit.integrations.single_file import save_file
+
+    if out.exists() or out.suffix != ".safetensors":
+        raise CheckpointError(f"--out {out} exists or does not end in .safetensors: choose another file")
+    save_file(load_model(path), out)
+    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
 
 
 @app.command()

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -122,6 +122,9 @@ def convert(job: Job, folder: Path, device: str, told: Callable[[int], object], 
         output.begin({"manifest": unknown["fingerprint"], "sources": _identity(job.sources.values())})
         _fill(job, output, torch.device(device), told)
     known = manifest.make(config, output.hashes, job.origin)
+    recorded = OrbitQuantConfig.from_dict(config["quantization_config"])
+    model.register_to_config(quantization_config=replace(recorded, fingerprint=known["fingerprint"]))
+    model.save_config(folder)
     for name in files:
         manifest.replace_metadata(folder / name, **{manifest.ENTRY: manifest.dumps(known)})
     if split.is_sharded:

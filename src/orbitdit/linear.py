@@ -251,15 +251,17 @@ class _PackedLinear(nn.Linear):
 
 
 def spec_tensor(spec: LayerSpec) -> Tensor:
-    """The key of `spec` as ASCII text, uint8: a layer's entry `spec` in state dicts and files."""
-    return torch.frombuffer(bytearray(spec.key.encode()), dtype=torch.uint8)
+    """The key of `spec` as ASCII text, uint8: a layer's entry `spec` in state dicts and files. Spaces make it a
+    multiple of 64 bytes long: codes that follow it in a file stay aligned."""
+    text = spec.key.encode()
+    return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 64) * 64)), dtype=torch.uint8)
 
 
 def check_spec_tensor(stored: Tensor | None, spec: LayerSpec, name: str) -> None:
     """Raise CheckpointError unless `stored`, the entry `spec` of the layer `name`, is None or says `spec`."""
     if stored is None or torch.equal(stored.cpu(), spec_tensor(spec)):
         return
-    said = bytes(stored.flatten().to("cpu", torch.uint8).tolist()).decode("ascii", "replace")
+    said = bytes(stored.flatten().to("cpu", torch.uint8).tolist()).decode("ascii", "replace").rstrip()
     raise CheckpointError(
         f"the stored codes of {name or 'the layer'} are {said!r}, the model's layer is {spec.key!r}: quantize the "
         "model as the stored one was"

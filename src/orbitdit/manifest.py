@@ -128,6 +128,7 @@ def make(
     `tensors`, name -> hash. `UNKNOWN` hashes may be given first: the manifest with the real ones is as long."""
     kept = json.loads(json.dumps(dict(config), default=_plain))
     kept = {key: kept[key] for key in kept if key not in VOLATILE or key == VOLATILE[0]}  # a name may be a local path
+    kept["quantization_config"].pop("fingerprint", None)
     manifest = {
         "format_version": FORMAT_VERSION,
         "orbitdit_version": sys.modules["orbitdit"].__version__,
@@ -195,6 +196,15 @@ def loads(text: str, where: str) -> Manifest:
     return manifest
 
 
+def check_fingerprint(manifest: Manifest, said: str, where: str) -> None:
+    """Raise CheckpointError unless `said`, the fingerprint in a model's configuration, is the manifest's."""
+    if said != manifest["fingerprint"]:
+        raise CheckpointError(
+            f"{where}: config.json belongs to another save (fingerprint {said or 'missing'}) than the tensors "
+            f"({manifest['fingerprint']}): copy all files of one save"
+        )
+
+
 def check_config(manifest: Manifest, config: Mapping[str, Any], where: str, exactly: bool = True) -> None:
     """Raise CheckpointError, naming the key, unless `config` is what the manifest has, `VOLATILE` keys aside.
 
@@ -202,6 +212,8 @@ def check_config(manifest: Manifest, config: Mapping[str, Any], where: str, exac
     that a newer diffusers added).
     """
     saved, given = manifest["config"], json.loads(json.dumps(dict(config), default=_plain))
+    if isinstance(given.get("quantization_config"), dict):
+        given["quantization_config"].pop("fingerprint", None)  # for `check_fingerprint`
     for key in sorted({*saved, *given}):
         if key in VOLATILE or (not exactly and (key not in saved or key not in given)):
             continue
@@ -296,6 +308,18 @@ def file_hashes(path: str | os.PathLike[str], block: int = 1 << 22) -> Iterator[
                 found.update(memoryview(buffer)[:read])
                 left -= read
             yield name, found.hexdigest()
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """The hash of a file's bytes, whatever it is."""
+    found = xxhash.xxh3_128()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                found.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): download or copy it again") from error
+    return found.hexdigest()
 
 
 def replace_metadata(path: str | os.PathLike[str], **entries: str) -> None:

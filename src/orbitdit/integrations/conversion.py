@@ -17,6 +17,7 @@ from orbitdit.errors import CheckpointError, ConfigError
 from orbitdit.integrations.folders import components_in, model_of, skeleton, transformers_in
 from orbitdit.integrations.layouts import file_sources, flux_config, folder_sources, in_layout_of
 from orbitdit.manifest import source_of
+from orbitdit.verify import write_listing
 
 MAX_FILES = 10_000
 TEXTS = (".json", ".jsonl", ".txt", ".model", ".md", ".jinja", ".tiktoken", ".bpe", ".vocab")
@@ -52,6 +53,8 @@ def quantize_folder(
             convert(job, scratch / name, device, told, journals[name])
         for journal in journals.values():
             journal.unlink()
+        if "" not in jobs:
+            write_listing(scratch)
 
 
 def _jobs(source: Path, config: OrbitQuantConfig, layout: Path | None) -> tuple[dict[str, Job], list[Path]]:

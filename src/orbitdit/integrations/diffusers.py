@@ -13,6 +13,8 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,22 @@ from orbitdit.checkpoint import check_file, packed_layers_in
 from orbitdit.config import OrbitQuantConfig, QuantMethod
 from orbitdit.errors import CheckpointError, ConfigError, ModelError, TensorError
 from orbitdit.fusion import Places, connect, places
-from orbitdit.linear import Int4Linear, OrbitLinear, is_offloaded
-from orbitdit.manifest import ENTRY, check_config, check_names, dumps, make, read_header, source_of, tensor_hash
+from orbitdit.linear import Int4Linear, OrbitLinear, is_offloaded, spec_tensor
+from orbitdit.manifest import (
+    ENTRY,
+    Manifest,
+    check_config,
+    check_fingerprint,
+    check_names,
+    dumps,
+    make,
+    read_header,
+    source_of,
+    tensor_hash,
+)
 from orbitdit.model import announce, dequantize_, empty_layer, linear_named, plan, quantize_layer, replace_module
 from orbitdit.policy import LayerPlan, as_stored
+from orbitdit.spec import LayerSpec
 from orbitdit.verify import Check, shared_manifest
 
 
@@ -60,6 +74,8 @@ class OrbitQuantizer(DiffusersQuantizer):
         self.check: Check | None = None
         self.source: Mapping[str, str | None] | None = None
         """The full-precision model that was quantized; None where the model's configuration says it."""
+        self.prepared: Manifest | None = None
+        """The manifest, while the model is being saved."""
         self._model: Any = None
 
     def remember(self, model: Any) -> None:
@@ -73,18 +89,20 @@ class OrbitQuantizer(DiffusersQuantizer):
         self.__dict__.update(state)
         self._model = None if state["_model"] is None else weakref.ref(state["_model"])
 
-    def get_state_dict_and_metadata(
-        self, state_dict: dict[str, Any], safe_serialization: bool = False
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        """What `save_pretrained` writes: the tensors as they are, and the manifest as metadata of each file."""
-        if not safe_serialization:
-            raise CheckpointError("quantized models are saved as safetensors files: leave safe_serialization=True")
+    def make_manifest(self, state_dict: dict[str, Any]) -> Manifest:
+        """The manifest of this quantizer's model, whose state is `state_dict`."""
         model = self._model and self._model()
         if model is None:
             raise ModelError("the quantizer's model is gone: save the model that it was made for")
-        hashes = {name: tensor_hash(tensor) for name, tensor in state_dict.items()}
+        hashes = {name: tensor_hash(tensor) for name, tensor in once(state_dict).items()}
         source = source_of(model.config.get("_name_or_path")) if self.source is None else self.source
-        return state_dict, {ENTRY: dumps(make(json.loads(model.to_json_string()), hashes, source))}
+        return make(json.loads(model.to_json_string()), hashes, source)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """What `save_pretrained` writes: the tensors, once each, and the manifest as metadata of each file."""
+        return once(state_dict), {ENTRY: dumps(self.prepared or self.make_manifest(state_dict))}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what diffusers would do behind the quantizer's back."""
@@ -101,6 +119,7 @@ class OrbitQuantizer(DiffusersQuantizer):
         manifest = shared_manifest(checkpoint_files)
         if manifest is not None:
             check_names(manifest, loaded_keys, f"the index of {where}")
+            check_fingerprint(manifest, self.quantization_config.fingerprint, where)
             self.check, self.source = Check(manifest, where), manifest["source"]
             return [key for key in loaded_keys if not key.endswith(".spec")]
         if self.quantization_config.layers:
@@ -147,6 +166,7 @@ class OrbitQuantizer(DiffusersQuantizer):
         model.register_to_config(quantization_config=found.recorded)
         if self.check is not None:
             self._check_config(model)
+            model.register_to_config(quantization_config=replace(found.recorded, fingerprint=""))
 
     def _check_config(self, model: Any) -> None:
         """The model's configuration and its record of layers are those of the manifest."""
@@ -159,6 +179,11 @@ class OrbitQuantizer(DiffusersQuantizer):
         )
         manifest = {**manifest, "config": {**manifest["config"], "quantization_config": saved}}
         check_config(manifest, given, self.check.where, exactly=False)
+        for key, found in manifest["tensors"].items():
+            name, _, part = key.rpartition(".")
+            spec = self.rows[name].spec if name in self.rows else None
+            if part in ("codes", "spec") and (spec is None or (part == "spec" and found != _spec_hash(spec))):
+                raise CheckpointError(f"{self.check.where}: {key!r} is not as the configuration says: copy it again")
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -244,6 +269,23 @@ class OrbitQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         return dequantize_(model)
+
+
+def once(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a state under the first of their names: files hold no tensor twice, and the modules that share it
+    are given it together. Specs go with their codes."""
+    first: dict[Any, str] = {}
+    for name, tensor in state_dict.items():
+        shared = tensor.numel() and not tensor.is_meta
+        first.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype) if shared else name, name)
+    kept = set(first.values())
+    alone = {name for name in kept if name.endswith(".spec") and f"{name.removesuffix('spec')}codes" not in kept}
+    return {name: tensor for name, tensor in state_dict.items() if name in kept - alone}
+
+
+@cache
+def _spec_hash(spec: LayerSpec) -> str:
+    return tensor_hash(spec_tensor(spec))
 
 
 def check_complete(model: nn.Module) -> None:

@@ -21,7 +21,10 @@ from orbitdit.checkpoint import (
 )
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError, DependencyError, ModelError, OrbitDiTError
+from orbitdit.integrations.diffusers import check_complete
+from orbitdit.integrations.single_file import load_file
 from orbitdit.shapes.worlds import SHAPES, WORLDS, World
+from orbitdit.verify import check_listing, read_saved
 
 OWN_PIPELINES = {"ShapesPipeline": "orbitdit.shapes.pipeline"}
 """Pipelines that diffusers does not know: class -> module."""
@@ -100,12 +103,17 @@ def load_model(
 ) -> nn.Module:
     """The model in `folder`, quantized while loading when `config` is given, in `dtype` or as it is stored.
 
+    `folder` may also be the one file of a quantized model.
+
     `device` (the CPU if left out) is where its weights are quantized, one by one, and where it is then.
     Raises CheckpointError for files that are missing, damaged or pickles, for tensors that are missing or have
     another shape, and errors as `orbitdit.plan` does.
     """
+    if folder.is_file() and config is None:
+        return load_file(folder, dtype, device or "cpu")
     check_folder(folder)
     stored = read_json(folder / "config.json")
+    read_saved(folder)
     if config is not None and "quantization_config" in stored:
         raise ModelError(f"{folder} is quantized already: name the full-precision model instead")
     cls = _model_class(stored, folder)
@@ -120,6 +128,7 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise CheckpointError(f"{folder} has no tensor {missing!r}: it is incomplete or of another model")
+    check_complete(model)
     return model
 
 
@@ -131,6 +140,8 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeli
     name = read_json(folder / "model_index.json").get("_class_name")
     for component in transformers_in(folder).values():
         check_folder(component)
+        read_saved(component)
+    check_listing(folder)
     _check_libraries(folder)
     cls = diffusers.DiffusionPipeline
     if isinstance(name, str) and name in OWN_PIPELINES:
@@ -181,7 +192,9 @@ def _is_class(name: Any, base: type) -> bool:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """Turn what diffusers raises on files it cannot use into one line with the folder's name."""
+    """Turn what diffusers raises on files it cannot use into one line with the folder's name, and undo the default
+    dtype that it then leaves behind."""
+    dtype = torch.get_default_dtype()
     try:
         yield
     except OrbitDiTError:
@@ -189,3 +202,5 @@ def _readable(folder: Path) -> Iterator[None]:
     except (AttributeError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).partition(". If you want")[0].split())
         raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+    finally:
+        torch.set_default_dtype(dtype)
