@@ -5,13 +5,15 @@
 A *subject* is a saved model and the ways to load it; a *kind* is a generator of faults. Each fault is done to a copy of
 the subject's folder, and each way of loading then ends in one of
 
-    refused     an error of orbitdit in one line (or, in brackets on the page, any other error)
+    refused     an error of orbitdit in one line
+    refused unclearly   any other error: diffusers found the fault before it asked orbitdit
     identical   a model with the same tensors and the same output, bit for bit: what was damaged says nothing
     passed by   no quantized model: the configuration no longer says that orbitdit should load it
     silent      a model with another output
 
 Beside that `orbitdit verify` says whether it finds the fault. One JSON line for each subject and kind. `--sample N`
-takes N faults of each kind, which is what the tests do. docs/reliability.md is made of the lines (scripts.faults_page).
+takes N faults of each kind, which is what the tests do; else at most MOST are.
+docs/reliability.md is made of the lines (scripts.faults_page).
 
 To add a kind: a function in `KINDS` that takes a subject and a random generator and yields faults, each a sentence and
 a function of the folder to damage.
@@ -19,6 +21,7 @@ a function of the folder to damage.
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import logging
@@ -35,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import psutil
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -47,7 +51,8 @@ from orbitdit.model import packed_layers
 from orbitdit.report import environment
 from orbitdit.verify import verify
 
-WEIGHTS, FLIPS = "diffusion_pytorch_model.safetensors", 150
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FLIPS, MOST = 150, 400
 TINY = {"in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4}
 TINY |= {"joint_attention_dim": 24, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)}
 
@@ -116,10 +121,13 @@ def own_loader(folder: Path) -> nn.Module:
 
 
 def subjects(base: Path) -> Iterator[Callable[[], Subject]]:
-    """Each makes its subject: W4A4 and W2A4, plain and in shards, and unquantized models in diffusers alone."""
+    """Each makes its subject: W4A4 and W2A4, in a folder plain and in shards, and as one file; and an unquantized model
+    in diffusers alone."""
     for bits in ("w4a4", "w2a4", ""):
-        for layout, size in (("one file", "10GB"), ("shards", "50KB")):
-            yield partial(subject, base, bits, layout, size)
+        yield partial(subject, base, bits, "folder", "10GB")
+        yield partial(subject, base, bits, "shards", "50KB")
+        if bits:
+            yield partial(single, base, bits)
 
 
 def subject(base: Path, bits: str, layout: str, size: str) -> Subject:
@@ -135,9 +143,16 @@ def subject(base: Path, bits: str, layout: str, size: str) -> Subject:
     loads: dict[str, Load] = {"from_pretrained": from_pretrained}
     if bits:
         loads["own loader"] = own_loader
-        if layout == "one file":
-            loads["from_single_file"] = from_single_file
     return Subject(name, folders[0], folders[1 : 3 if bits else 2], loads, bool(bits))
+
+
+def single(base: Path, bits: str) -> Subject:
+    """The same model as one file, without a configuration beside it."""
+    folder = base / f"{bits}, one file"
+    folder.mkdir()
+    shutil.copy(base / f"{bits}, folder" / "model" / WEIGHTS, folder / WEIGHTS)
+    loads: dict[str, Load] = {"from_single_file": from_single_file, "own loader": lambda f: own_loader(f / WEIGHTS)}
+    return Subject(folder.name, folder, [], loads)
 
 
 def flips(subject: Subject, rng: random.Random) -> Iterator[Fault]:
@@ -216,7 +231,8 @@ def take_all(folder: Path, names: list[str], other: Path) -> None:
 
 def configuration(subject: Subject, rng: random.Random) -> Iterator[Fault]:
     """Every key of config.json: another value, of another type, null, gone, and under another name."""
-    yield from edits(subject, "config.json")
+    if (subject.folder / "config.json").exists():
+        yield from edits(subject, "config.json")
 
 
 def index(subject: Subject, rng: random.Random) -> Iterator[Fault]:
@@ -318,34 +334,36 @@ def run(subject: Subject, kind: str, sample: int | None = None, seed: int = 0) -
     """The result line of a kind of faults: counts by way of loading, how many `verify` finds, and examples."""
     rng = random.Random(f"{seed} {subject.name} {kind}")
     faults = list(KINDS[kind](subject, rng))
-    if sample is not None and len(faults) > sample:
-        faults = rng.sample(faults, sample)
+    if len(faults) > (sample or MOST):
+        faults = rng.sample(faults, sample or MOST)
     counts: dict[str, Counter[str]] = {way: Counter() for way in subject.loads}
-    found, silent, unclear, passed = 0, [], [], []
+    notes: dict[str, list[str]] = {"silent": [], "passed by": [], "refused unclearly": [], "missed by verify": []}
     for told, damage in faults:
         with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
             folder = Path(shutil.copytree(subject.folder, Path(scratch) / "model"))
             damage(folder)
+            outcomes = []
             for way, load in subject.loads.items():
                 outcome, note = judge(subject, load, folder)
                 counts[way][outcome] += 1
-                if outcome != "refused" and outcome != "identical":
-                    {"silent": silent, "refused unclearly": unclear, "passed by": passed}[outcome].append(
-                        f"{way}: {told}{note}"
-                    )
-            if subject.quantized:
-                found += is_found(folder)
+                outcomes.append(outcome)
+                if outcome in notes:
+                    notes[outcome].append(f"{way}: {told}{note}")
+            part = folder if (subject.folder / "config.json").exists() else folder / WEIGHTS
+            if subject.quantized and set(outcomes) != {"identical"} and not is_found(part):
+                notes["missed by verify"].append(told)
     line: dict[str, Any] = {"subject": subject.name, "kind": kind, "tried": len(faults)}
     line |= {"ways": {way: dict(count) for way, count in counts.items()}}
-    if subject.quantized:
-        line["found by verify"] = found
-    return line | {"silent": silent, "passed by": passed[:20], "unclear": unclear[:20]}
+    return (
+        line | {name: len(told) for name, told in notes.items()} | {"examples": {n: t[:20] for n, t in notes.items()}}
+    )
 
 
 def judge(subject: Subject, load: Load, folder: Path) -> tuple[str, str]:
     """What loading a damaged folder ends in, and a note."""
     try:
-        model = load(folder)
+        with plain_dtype():
+            model = load(folder)
         state, output = outcome_of(model)
     except Exception as error:
         if isinstance(error, OrbitDiTError) and "\n" not in str(error):
@@ -358,19 +376,51 @@ def judge(subject: Subject, load: Load, folder: Path) -> tuple[str, str]:
     return ("passed by" if subject.quantized and not any(packed_layers(model)) else "silent"), ""
 
 
+@contextlib.contextmanager
+def plain_dtype() -> Iterator[None]:
+    """fp32 as default again at the end: diffusers leaves another one behind when it fails."""
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same, NaN and the sign of zero included."""
-    if a.dtype != b.dtype or a.shape != b.shape:
+    if a.dtype != b.dtype or a.shape != b.shape or a.is_meta or b.is_meta:
         return False
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
-def is_found(folder: Path) -> bool:
+def is_found(path: Path) -> bool:
     """Whether `orbitdit verify` finds a fault."""
     try:
-        return any(finding.problem for finding in verify(folder))
+        return any(finding.problem for finding in verify(path))
     except OrbitDiTError:
         return True
+
+
+def memory(subject: Subject, forwards: int = 10_000, loads: int = 100) -> dict[str, Any]:
+    """Resident MB before and after so many forwards of one model, and loads of a model that is then dropped, with the
+    garbage collector off; both after a tenth as many."""
+    process, line = psutil.Process(), {"subject": subject.name, "memory": True}
+    model = from_pretrained(subject.folder)
+    steps = {
+        "forwards": (lambda: outcome_of(model), forwards),
+        "loads": (lambda: from_pretrained(subject.folder), loads),
+    }
+    gc.collect()
+    gc.disable()
+    try:
+        for name, (step, count) in steps.items():
+            for number in range(count + count // 10):
+                if number == count // 10:
+                    before = process.memory_info().rss
+                step()
+            line[name] = {"count": count, "mb": [round(m / 1e6, 2) for m in (before, process.memory_info().rss)]}
+    finally:
+        gc.enable()
+    return line
 
 
 def main() -> None:
@@ -379,7 +429,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sample", type=int)
     parser.add_argument("--subject", help="part of a subject's name")
-    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--kind", choices=[*KINDS, "memory"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
@@ -387,19 +437,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="subjects-") as base, options.out.open("a", encoding="utf-8") as out:
         for make in subjects(Path(base)):
             found = make()
-            if options.subject and options.subject not in found.name:
-                continue
-            for kind in [options.kind] if options.kind else KINDS:
+            wanted = [options.kind] if options.kind else list(KINDS)
+            for kind in wanted if (options.subject or "") in found.name else []:
                 began = time.perf_counter()
+                if kind == "memory":
+                    continue
                 line = run(found, kind, options.sample)
                 if not line["tried"]:
                     continue
                 line |= {"seconds": round(time.perf_counter() - began, 1), "environment": environment()}
                 out.write(json.dumps(line) + "\n")
                 out.flush()
-                print(found.name, kind, line["tried"], line["ways"], line.get("found by verify"), flush=True)
-                for told in line["silent"][:5]:
-                    print("    silent:", told, flush=True)
+                print(found.name, kind, line["tried"], line["ways"], line["missed by verify"], flush=True)
+                for note in ("silent", "missed by verify"):
+                    for told in line["examples"][note][:5]:
+                        print(f"    {note}: {told}", flush=True)
+            if "folder" in found.name and found.quantized and options.kind in (None, "memory") and not options.sample:
+                line = memory(found) | {"environment": environment()}
+                out.write(json.dumps(line) + "\n")
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ class OrbitQuantizer(DiffusersQuantizer):
         self.check: Check | None = None
         self.source: Mapping[str, str | None] | None = None
         """The full-precision model that was quantized; None where the model's configuration says it."""
+        self.shapes: dict[str, torch.Size] = {}
+        """Of the tensors of a model that is being loaded."""
         self.prepared: Manifest | None = None
         """The manifest, while the model is being saved."""
         self._model: Any = None
@@ -138,6 +140,9 @@ class OrbitQuantizer(DiffusersQuantizer):
         if self.check is None:
             return state_dict
         self.check.see(state_dict)
+        for name, tensor in state_dict.items():
+            if self.shapes.get(name, tensor.shape) != tensor.shape:
+                self.check_quantized_param_shape(name, torch.empty(self.shapes[name], device="meta"), tensor)
         return {name: tensor for name, tensor in state_dict.items() if not name.endswith(".spec")}
 
     def _process_model_before_weight_loading(
@@ -166,6 +171,7 @@ class OrbitQuantizer(DiffusersQuantizer):
         model.register_to_config(quantization_config=found.recorded)
         if self.check is not None:
             self._check_config(model)
+            self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
             model.register_to_config(quantization_config=replace(found.recorded, fingerprint=""))
 
     def _check_config(self, model: Any) -> None:
@@ -254,7 +260,7 @@ class OrbitQuantizer(DiffusersQuantizer):
         if self.check is not None:
             self.check.finish()
         check_complete(model)
-        self.check, self.rows, self.places = None, {}, {}
+        self.check, self.rows, self.places, self.shapes = None, {}, {}, {}
         del self.progress
         self.remember(model)
         connect(model)

@@ -82,10 +82,10 @@ def _load(cls: Any, saved: Saved, dtype: torch.dtype, device: str | torch.device
         model = cls.from_config(plain)
     quantizer = OrbitQuantizer(OrbitQuantConfig.from_dict(config), pre_quantized=True)
     quantizer.maybe_update_loaded_keys(list(read_header(path).tensors), [str(path)])
+    quantizer.preprocess_model(model, device_map=None)
     whole = quantizer.maybe_update_state_dict(
         safetensors.torch.load(path.read_bytes()) if disable_mmap else safetensors.torch.load_file(path)
     )
-    quantizer.preprocess_model(model, device_map=None)
     quantizer.update_missing_keys(model, sorted(set(model.state_dict()) - set(whole)), prefix="")
     fp32 = cls._keep_in_fp32_modules or []
     load_model_dict_into_meta(
