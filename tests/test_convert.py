@@ -329,7 +329,7 @@ def test_progress_counts_all_bytes(source, tmp_path, monkeypatch):
 
 def test_too_little_space_is_said_before_anything_is_made(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB and the disk has 0\.0 GB: free some space"):
+    with pytest.raises(CheckpointError, match=r"takes 0\.\d MB, and the disk has 0\.0 MB: free some space"):
         quantize_folder(source, tmp_path / "out", W4A4)
     assert os.listdir(tmp_path) == []
 
@@ -417,7 +417,7 @@ def test_links_of_the_hubs_cache_are_followed(pipeline, tmp_path):
         path.rename(repository / "blobs" / str(i))
         path.symlink_to(os.path.relpath(repository / "blobs" / str(i), path.parent))
     quantize_folder(snapshot, tmp_path / "out", W4A4)
-    assert not any(finding.error for finding in verify(tmp_path / "out"))
+    assert not any(finding.problem for finding in verify(tmp_path / "out"))
     assert sorted(contents(tmp_path / "out")) == sorted({*contents(MODEL_DIR), LISTING})
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     shutil.copy(repository / "blobs" / "0", tmp_path / "secret.md")

@@ -298,8 +298,8 @@ def _check_space(folder: Path, files: list[BinaryIO]) -> None:
     needed, free = sum(s.st_size - 512 * s.st_blocks for s in stats), shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{folder} needs {needed / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB: free some space or choose "
-            "another place"
+            f"the quantized model takes {needed / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB: free some "
+            "space or choose another output folder"
         )
 
 
