@@ -52,7 +52,7 @@ from orbitdit.report import environment
 from orbitdit.verify import verify
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FLIPS, MOST = 150, 400
+FLIPS, MOST = 150, 600
 TINY = {"in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4}
 TINY |= {"joint_attention_dim": 24, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)}
 
@@ -231,14 +231,14 @@ def take_all(folder: Path, names: list[str], other: Path) -> None:
 
 def configuration(subject: Subject, rng: random.Random) -> Iterator[Fault]:
     """Every key of config.json: another value, of another type, null, gone, and under another name."""
-    if (subject.folder / "config.json").exists():
+    if subject.name.endswith("folder"):  # it is the same in shards
         yield from edits(subject, "config.json")
 
 
 def index(subject: Subject, rng: random.Random) -> Iterator[Fault]:
-    """Every key of the index: the same."""
+    """Keys of the index, 300 such edits."""
     for file in subject.folder.glob("*.index.json"):
-        yield from edits(subject, file.name)
+        yield from rng.sample(list(edits(subject, file.name)), 300)
 
 
 def edits(subject: Subject, name: str) -> Iterator[Fault]:
@@ -292,10 +292,10 @@ def edit(folder: Path, name: str, path: tuple[Any, ...], **change: Any) -> None:
 
 
 def tensors(subject: Subject, rng: random.Random) -> Iterator[Fault]:
-    """Each tensor dropped, renamed, replaced by zeros, in another shape or dtype, and one too many; the file is written
-    anew around it with the metadata it had."""
-    for file in sorted(subject.folder.glob("*.safetensors")):
-        for name in read_header(file).tensors:
+    """30 tensors dropped, renamed, replaced by zeros, in another shape or dtype, and one too many; the file is written
+    anew around each with the metadata it had."""
+    for file in [] if subject.name.endswith("shards") else sorted(subject.folder.glob("*.safetensors")):
+        for name in rng.sample(sorted(read_header(file).tensors), 30):
             for told, change in TENSOR_CHANGES.items():
                 yield f"{name} {told}", partial(rewrite, file=file.name, name=name, change=change)
 

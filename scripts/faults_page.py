@@ -23,12 +23,12 @@ Each fault is done to a copy of a small saved FLUX (W4A4 and W2A4; as a folder, 
 then loaded in each way there is. A load is *refused* by one line of orbitdit; refused by *another error*, where
 diffusers fails before it asks orbitdit; *identical*, with every tensor and the output as they were, bit for bit;
 *passed by*, where config.json no longer says that orbitdit should load the model, so diffusers loads what it can; or
-*silent*: the model loads and gives another output. *Missed* counts faults that `orbitdit verify` does not find, of those that
-were not identical. Counts are of loads; a fault is loaded in each way."""
-PASSED = """**Passed by** are edits of `quantization_config`, the key itself: diffusers then loads a model without asking
-orbitdit, as it does for an unquantized one, and warns that weights are missing. `orbitdit verify` and orbitdit's own
-loader, which the command line uses, find all of them. The same goes for files of a pipeline that orbitdit does not
-write, such as the scheduler's JSON: they are in the pipeline's listing (`orbitdit.json`)."""
+*silent*: the model loads and gives another output. *Missed* counts faults that `orbitdit verify` does not find, of
+those that were not identical. Counts are of loads; a fault is loaded in each way."""
+PASSED = """**Passed by** are edits of `quantization_config`, the key itself: diffusers then loads a model without
+asking orbitdit, as it does for an unquantized one, and warns that weights are missing. `orbitdit verify` and orbitdit's
+own loader, which the command line uses, find all of them. The same goes for files of a pipeline that orbitdit does not
+write, such as the scheduler's JSON: the pipeline's listing, `orbitdit.json`, has them."""
 BESIDE = """The same faults, done to the same model unquantized, in diffusers alone:"""
 MEMORY = "Resident MB before and after, with the garbage collector off:"
 LOADING = """Loading a random FLUX, `from_pretrained` in a fresh process, until every byte of the weights has been read
@@ -80,15 +80,12 @@ def page() -> str:
     ]
     parts += ["## Memory", MEMORY, table(["model", "", "before", "after"], rows)]
     times = [line for line in lines if "loading" in line]
-    rows = [
-        [
-            f"{line['gb']:.2f} GB, {line['files']} files",
-            line["loading"],
-            *(f"{line[k]:.2f} s" for k in ("without", "with")),
-        ]
-        + [f"{line['with'] / line['without']:.2f}", str(line["runs"])]
-        for line in times
-    ]
+    rows = []
+    for line in times:
+        seconds = [line.get("read"), line["without"], line["with"]]
+        told = ["" if s is None else f"{s:.2f} s" for s in seconds]
+        what = f"{line['gb']:.2f} GB, {line['files']} files"
+        rows.append([what, line["loading"], *told, f"{line['with'] / line['without']:.2f}", str(line["runs"])])
     head = ["folder", "page cache", "read alone", "without", "with verification", "ratio", "runs"]
     parts += ["## Time", LOADING, table(head, rows)] if rows else []
     told = lines[0]["environment"]

@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "manifest": "codebooks codebooks.lloyd_max config errors ops.rotate_encode.means rotation spec",
     "verify": "checkpoint config errors manifest",
     "integrations": "integrations.diffusers integrations.saving integrations.single_file",
-    "integrations.saving": "config errors integrations.diffusers",
+    "integrations.saving": "config errors integrations.diffusers manifest",
     "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy spec verify",
     "integrations.single_file": "checkpoint config errors integrations.diffusers manifest verify",
     "integrations.folders": "checkpoint config errors integrations.diffusers integrations.single_file manifest "

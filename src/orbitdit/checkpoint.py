@@ -79,7 +79,7 @@ def check_folder(folder: str | os.PathLike[str]) -> list[Path]:
         raise CheckpointError(f"{folder} is no folder: name a model folder")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
             raise CheckpointError(f"{index} has no weight_map: download or copy it again")
         for shard in sorted(set(shards.values())):
             check_file(folder / check_name(shard, index))

@@ -323,7 +323,8 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 
 def replace_metadata(path: str | os.PathLike[str], **entries: str) -> None:
-    """Overwrite entries of a safetensors file's metadata in place, each by a text that takes as many bytes.
+    """Overwrite entries of a safetensors file's metadata in place, each by a text that takes as many bytes, and sort
+    all entries: safetensors writes them in any order.
 
     A writer that knows hashes only at the end writes a manifest with `UNKNOWN` ones first. Raises CheckpointError where
     the header's size would change. The file is not synced.
@@ -331,7 +332,7 @@ def replace_metadata(path: str | os.PathLike[str], **entries: str) -> None:
     with open(path, "r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         values = json.loads(file.read(length))
-        values["__metadata__"].update(entries)
+        values["__metadata__"] = dict(sorted({**values["__metadata__"], **entries}.items()))
         text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > length:
             raise CheckpointError(f"{path}: the metadata would take {len(text):,} bytes where {length:,} are there")

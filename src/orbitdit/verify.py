@@ -149,16 +149,22 @@ def read_saved(path: str | os.PathLike[str]) -> list[Saved]:
             check_fingerprint(manifest, config["quantization_config"].get("fingerprint", ""), str(files[0]))
             if names is not None:
                 check_names(manifest, names, f"the index of {path}")
-        elif config.get("quantization_config", {}).get("layers"):
+        elif _quantization(config).get("layers"):
             raise CheckpointError(f"{files[0]} has no manifest, and should: download or copy it again")
         found.append(Saved(path, files, config, manifest))
     return found
 
 
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `quantization_config` of a model's configuration, empty if there is none."""
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
 def _indexed(index: Path) -> tuple[list[Path], list[str]]:
     """The files and tensor names that an index names."""
     shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise CheckpointError(f"{index} has no weight_map: download or copy it again")
     for shard in shards.values():
         if Path(shard).name != shard:
@@ -192,7 +198,7 @@ def verify(path: str | os.PathLike[str]) -> Iterator[Finding]:
             seen += 1
             continue
         for saved in models:
-            if saved.manifest is not None or "quantization_config" in saved.config:
+            if saved.manifest is not None or _quantization(saved.config).get("quant_method") == "orbitdit":
                 yield _verify_tensors(saved)
                 seen += 1
     if (path / LISTING).exists():
@@ -289,7 +295,7 @@ def describe(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     path, seen = Path(path), False
     for part in _parts(path):
         for saved in read_saved(part):
-            if "quantization_config" in saved.config:
+            if _quantization(saved.config).get("quant_method") == "orbitdit":
                 seen = True
                 yield _describe(saved)
     if not seen:

@@ -8,6 +8,7 @@ differ in their fingerprints.
 import functools
 import inspect
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from diffusers.models import modeling_utils
@@ -15,16 +16,18 @@ from diffusers.models import modeling_utils
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError
 from orbitdit.integrations.diffusers import OrbitQuantizer
+from orbitdit.manifest import ENTRY, dumps, read_header, replace_metadata
 
 
 def _save_pretrained(original: Any) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
+    def save_pretrained(self: Any, *args: Any, **options: Any) -> None:
         quantizer = getattr(self, "hf_quantizer", None)
         if not isinstance(quantizer, OrbitQuantizer):
-            return original(self, *args, **options)
+            original(self, *args, **options)
+            return
         given = signature.bind(self, *args, **options).arguments
         if not given.get("safe_serialization", True) or given.get("use_flashpack"):
             raise CheckpointError("quantized models are saved as safetensors files: leave safe_serialization=True")
@@ -33,7 +36,10 @@ def _save_pretrained(original: Any) -> Any:
         quantizer.prepared = manifest = quantizer.make_manifest(self.state_dict())
         self.register_to_config(quantization_config=replace(config, fingerprint=manifest["fingerprint"]))
         try:
-            return original(self, *args, **options)
+            original(self, *args, **options)
+            for file in Path(given["save_directory"]).glob("*.safetensors"):
+                if read_header(file).metadata.get(ENTRY) == dumps(manifest):
+                    replace_metadata(file)  # the same bytes each time
         finally:
             quantizer.prepared = None
             self.register_to_config(quantization_config=config)

@@ -24,7 +24,7 @@ from orbitdit.checkpoint import most_common_dtype
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError, ModelError
 from orbitdit.integrations.diffusers import OrbitQuantizer
-from orbitdit.manifest import ENTRY, read_header
+from orbitdit.manifest import ENTRY, read_header, replace_metadata
 from orbitdit.verify import Saved, read_saved
 
 HUB_OPTIONS = {"force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "config_revision"}
@@ -47,6 +47,7 @@ def save_file(model: nn.Module, path: str | os.PathLike[str]) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as scratch:
             beside = Path(scratch) / path.name
             safetensors.torch.save_file(tensors, beside, metadata={"format": "pt", **metadata})
+            replace_metadata(beside)
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
             beside.chmod(0o644)
@@ -124,7 +125,7 @@ def _is_packed(path: Any) -> bool:
     """Whether `path` is a safetensors file of a quantized model."""
     if not isinstance(path, str | os.PathLike) or not str(path).endswith(".safetensors") or not Path(path).is_file():
         return False
-    return any(name.endswith(".codes") for name in read_header(path).tensors)
+    return _has_manifest(path) or any(name.endswith(".codes") for name in read_header(path).tensors)
 
 
 def _has_manifest(path: Any) -> bool:
