@@ -81,6 +81,12 @@ def finish(process: ForkServerProcess, log: Path) -> int:
     return process.exitcode
 
 
+def wait_for(path: Path, process: ForkServerProcess) -> None:
+    """Return when `path` is there, or the process has ended."""
+    while not path.exists() and process.is_alive():
+        time.sleep(0.001)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -93,19 +99,22 @@ def state(target: Path, expected: dict[str, bytes]) -> str:
 
 
 def kills(source: Path, work: Path, number: int, expected: dict[str, bytes]) -> Iterator[str]:
-    """Kill conversions, by each signal in turn, at random moments; then look, and run again, resuming or not."""
+    """Kill conversions, by each signal in turn, at random moments while they write; look; run again, resuming or not."""
     rng, target = random.Random(0), work / "out"
     finish(*start(source, work / "out"))  # the server imports everything before
     shutil.rmtree(target)
+    process, log = start(source, target)
+    wait_for(work / ".out.orbitdit-partial", process)
     began = time.perf_counter()
-    finish(*start(source, target))
+    finish(process, log)
     seconds = time.perf_counter() - began
     for count in range(number):
         shutil.rmtree(target, ignore_errors=True)
         how = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)[count % 4]
         resume = ["--resume"] if count % 8 >= 4 else []
         process, log = start(source, target, *resume)
-        time.sleep(rng.uniform(0, seconds))
+        wait_for(work / ".out.orbitdit-partial", process)
+        time.sleep(rng.uniform(0, 0.9 * seconds))
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid or 0, how)
         finish(process, log)
@@ -191,8 +200,7 @@ def saves(source: Path, work: Path, number: int, expected: dict[str, bytes]) -> 
         shutil.copytree(work / "1", target)
         process = CONTEXT.Process(target=save, args=(work / "0", target, ready))
         process.start()
-        while not ready.exists():
-            time.sleep(0.001)
+        wait_for(ready, process)
         time.sleep(rng.uniform(0, 1.5 * seconds))
         process.kill()
         process.join()

@@ -469,3 +469,24 @@ def test_lists_where_strings_belong(pipeline, key, value):
     (pipeline / "model_index.json").write_text(json.dumps({**index, key: value}))
     with pytest.raises(CheckpointError):
         load_pipeline(pipeline, torch.float32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_scales_that_make_no_sense_are_refused_when_loading(expected, value):
+    """Those of a state that says nothing of itself; in files the hash finds them first."""
+    model = load_model(expected)
+    name = "transformer_blocks.0.attn.to_q.scales"
+    state = dict(model.state_dict())
+    state[name] = state[name].clone()
+    state[name][3] = value
+    with pytest.raises(TensorError, match=f"^{name} holds scales that are NaN, Inf or negative"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["x_embedder.weight", "transformer_blocks.0.attn.to_q.bias"])
+def test_what_is_kept_is_finite_when_quantizing_while_loading(source, tmp_path, name):
+    spoiled = load_file(source / WEIGHTS)[name]
+    spoiled.view(-1)[0] = float("nan")
+    folder = edited(source, tmp_path / "bad", **{name: spoiled})
+    with pytest.raises(TensorError, match=f"^{name} holds NaN or Inf"):
+        load_model(folder, W4A4)

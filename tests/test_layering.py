@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "verify": "checkpoint config errors manifest",
     "integrations": "integrations.diffusers integrations.saving integrations.single_file",
     "integrations.saving": "config errors integrations.diffusers manifest",
-    "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy spec verify",
+    "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy quantize spec verify",
     "integrations.single_file": "checkpoint config errors integrations.diffusers manifest verify",
     "integrations.folders": "checkpoint config errors integrations.diffusers integrations.single_file manifest "
     + "shapes.pipeline shapes.worlds verify",

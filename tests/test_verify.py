@@ -16,8 +16,9 @@ from torch import nn
 import orbitdit
 from families import FAMILIES
 from orbitdit import CheckpointError, ConfigError, ModelError, OrbitQuantConfig, TensorError
+from orbitdit.integrations.conversion import quantize_folder
 from orbitdit.integrations.diffusers import check_complete
-from orbitdit.integrations.folders import load_model, load_pipeline, quantize_folder
+from orbitdit.integrations.folders import load_model, load_pipeline
 from orbitdit.integrations.single_file import load_file, save_file
 from orbitdit.manifest import ENTRY, loads, read_header
 from orbitdit.model import packed_layers

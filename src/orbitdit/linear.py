@@ -31,7 +31,7 @@ from orbitdit.ops import choose, has_kernel, ops, run_linear
 from orbitdit.ops.int4_linear.reference import int4_linear
 from orbitdit.ops.linear.reference import exact_linear
 from orbitdit.ops.rotate_encode.means import MEAN_BITS, add_means, group_size_for, less_means, mean_gain, token_means
-from orbitdit.quantize import QuantizedWeight, check_spec, empty_weight, quantize_weight
+from orbitdit.quantize import QuantizedWeight, check_scales, check_spec, empty_weight, quantize_weight
 from orbitdit.spec import INT4, LayerSpec, Projection, TokenCode
 from orbitdit.tokens import Deferred, Modulation, Tokens, TokensTensor
 from orbitdit.weight import PackedWeight
@@ -210,8 +210,11 @@ class _PackedLinear(nn.Linear):
             destination[f"{prefix}spec"] = spec_tensor(self.spec)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Raises CheckpointError for the codes of another spec. Older states do not say what theirs is."""
+        """Raises CheckpointError for the codes of another spec (older states do not say what theirs is), and
+        TensorError for scales that are none."""
         check_spec_tensor(state_dict.get(f"{prefix}spec"), self.spec, prefix.removesuffix("."))
+        if f"{prefix}scales" in state_dict:
+            check_scales(state_dict[f"{prefix}scales"], f"{prefix}scales")
         super()._load_from_state_dict(state_dict, prefix, *args)
         unexpected: list[str] = args[3]
         if f"{prefix}spec" in unexpected:

@@ -43,6 +43,7 @@ from orbitdit.manifest import (
 )
 from orbitdit.model import announce, dequantize_, empty_layer, linear_named, plan, quantize_layer, replace_module
 from orbitdit.policy import LayerPlan, as_stored
+from orbitdit.quantize import check_finite, check_scales
 from orbitdit.spec import LayerSpec
 from orbitdit.verify import Check, shared_manifest
 
@@ -225,6 +226,8 @@ class OrbitQuantizer(DiffusersQuantizer):
             expected = getattr(module, part).dtype
             if stored.dtype != expected:
                 raise TensorError(f"{param_name} has dtype {stored.dtype} in the checkpoint; {expected} is needed")
+            if part == "scales":
+                check_scales(stored, param_name)
             setattr(module, part, nn.Parameter(stored, requires_grad=False))
             return
         source = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
@@ -263,6 +266,9 @@ class OrbitQuantizer(DiffusersQuantizer):
         self.check, self.rows, self.places, self.shapes = None, {}, {}, {}
         del self.progress
         self.remember(model)
+        for name, parameter in [] if self.pre_quantized else model.named_parameters():
+            if parameter.is_floating_point() and not parameter.is_meta:
+                check_finite(parameter, name)
         connect(model)
         refuse_fusing(model)
 
