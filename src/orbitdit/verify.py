@@ -38,7 +38,7 @@ from orbitdit.manifest import (
     tensor_hash,
 )
 
-LISTING = "orbitdit.json"
+LISTING = "orbitdit-files.json"
 """The file in a quantized pipeline's folder that has the hashes of its other components' files."""
 _verifying: ContextVar[bool] = ContextVar("verifying", default=True)
 
