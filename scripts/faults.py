@@ -437,8 +437,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="subjects-") as base, options.out.open("a", encoding="utf-8") as out:
         for make in subjects(Path(base)):
             found = make()
+            if (options.subject or "") not in found.name:
+                continue
             wanted = [options.kind] if options.kind else list(KINDS)
-            for kind in wanted if (options.subject or "") in found.name else []:
+            for kind in wanted:
                 began = time.perf_counter()
                 if kind == "memory":
                     continue
@@ -452,7 +454,7 @@ def main() -> None:
                 for note in ("silent", "missed by verify"):
                     for told in line["examples"][note][:5]:
                         print(f"    {note}: {told}", flush=True)
-            if "folder" in found.name and found.quantized and options.kind in (None, "memory") and not options.sample:
+            if "w4a4, folder" in found.name and options.kind in (None, "memory") and not options.sample:
                 line = memory(found) | {"environment": environment()}
                 out.write(json.dumps(line) + "\n")
                 print(line, flush=True)

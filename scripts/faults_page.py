@@ -28,7 +28,7 @@ those that were not identical. Counts are of loads; a fault is loaded in each wa
 PASSED = """**Passed by** are edits of `quantization_config`, the key itself: diffusers then loads a model without
 asking orbitdit, as it does for an unquantized one, and warns that weights are missing. `orbitdit verify` and orbitdit's
 own loader, which the command line uses, find all of them. The same goes for files of a pipeline that orbitdit does not
-write, such as the scheduler's JSON: the pipeline's listing, `orbitdit.json`, has them."""
+write, such as the scheduler's JSON: the pipeline's listing, `orbitdit-files.json`, has them."""
 BESIDE = """The same faults, done to the same model unquantized, in diffusers alone:"""
 MEMORY = "Resident MB before and after, with the garbage collector off:"
 LOADING = """Loading a random FLUX, `from_pretrained` in a fresh process, until every byte of the weights has been read

@@ -99,7 +99,7 @@ def state(target: Path, expected: dict[str, bytes]) -> str:
 
 
 def kills(source: Path, work: Path, number: int, expected: dict[str, bytes]) -> Iterator[str]:
-    """Kill conversions, by each signal in turn, at random moments while they write; look; run again, resuming or not."""
+    """Kill conversions, by each signal in turn, at random moments while they write; then run again, maybe resuming."""
     rng, target = random.Random(0), work / "out"
     finish(*start(source, work / "out"))  # the server imports everything before
     shutil.rmtree(target)

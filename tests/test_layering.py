@@ -77,6 +77,7 @@ MAY_IMPORT = {
     "integrations.saving": "config errors integrations.diffusers manifest",
     "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy quantize spec verify",
     "integrations.single_file": "checkpoint config errors integrations.diffusers manifest verify",
+    "files": "integrations.single_file",
     "integrations.folders": "checkpoint config errors integrations.diffusers integrations.single_file manifest "
     + "shapes.pipeline shapes.worlds verify",
     "integrations.layouts": "checkpoint errors tensorfile",
@@ -95,7 +96,7 @@ MAY_IMPORT = {
     "page": "errors evaluate metrics policy report",
     "cli": "atomic checkpoint config errors evaluate explain integrations.conversion integrations.folders "
     + "integrations.single_file lines model page report shapes shapes.prompts verify",
-    "": "codebooks.lloyd_max config errors explain integrations linear model policy rotation verify",
+    "": "codebooks.lloyd_max config errors explain files integrations linear model policy rotation verify",
 }
 """Module -> what it may import of the package; names are without "orbitdit.", which itself is the empty name. Calling
 one of the package's ops through `torch.ops` counts as an import of `ops`, which registers them."""
@@ -227,7 +228,7 @@ def test_public_names():
         "TensorError",
         *("Codebook", "Int4Linear", "LayerPlan", "OrbitLinear", "OrbitQuantConfig", "Plan", "Rotation"),
         *("__version__", "dequantize_", "explain", "lloyd_max", "plan", "quantize_", "set_grid_"),
-        "unverified",
+        *("load_file", "save_file", "unverified"),
     }
     imports = [node for node in TREES[""].body if isinstance(node, ast.ImportFrom)]
     here = {alias.name for node in imports for alias in node.names}

@@ -235,6 +235,13 @@ def test_other_tensors_are_named(copy_of, load, change, told, kind):
     assert len(problems(folder)) == 1
 
 
+def test_an_index_that_diffusers_cannot_read_is_found(copy_of):
+    folder = copy_of("shards")
+    edit(folder / f"{WEIGHTS}.index.json", lambda values: values.pop("metadata"))
+    assert "has no metadata" in refusal(load_model, folder)
+    assert "has no metadata" in problems(folder)[0]
+
+
 @pytest.mark.parametrize("load", [FLUX.cls.from_pretrained, load_model, lambda f: load_file(f / WEIGHTS)])
 def test_files_of_version_5_without_a_manifest_are_refused(copy_of, load):
     folder = copy_of("folder")

@@ -19,6 +19,7 @@ from orbitdit.errors import (
     TensorError,
 )
 from orbitdit.explain import explain
+from orbitdit.files import load_file, save_file
 from orbitdit.integrations import register_on_import
 from orbitdit.linear import Int4Linear, OrbitLinear
 from orbitdit.model import dequantize_, plan, quantize_, set_grid_
@@ -47,8 +48,10 @@ __all__ = [
     "dequantize_",
     "explain",
     "lloyd_max",
+    "load_file",
     "plan",
     "quantize_",
+    "save_file",
     "set_grid_",
     "unverified",
 ]

@@ -173,7 +173,7 @@ def pack(
 
     if out.exists() or out.suffix != ".safetensors":
         raise CheckpointError(f"--out {out} exists or does not end in .safetensors: choose another file")
-    save_file(load_model(path), out)
+    save_file(load_model(_find(str(path))), out)
     print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
 
 

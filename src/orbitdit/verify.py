@@ -38,7 +38,7 @@ from orbitdit.manifest import (
     tensor_hash,
 )
 
-LISTING = "orbitdit.json"
+LISTING = "orbitdit-files.json"
 """The file in a quantized pipeline's folder that has the hashes of its other components' files."""
 _verifying: ContextVar[bool] = ContextVar("verifying", default=True)
 
@@ -163,7 +163,10 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _indexed(index: Path) -> tuple[list[Path], list[str]]:
     """The files and tensor names that an index names."""
-    shards = read_json(index).get("weight_map")
+    values = read_json(index)
+    shards = values.get("weight_map")
+    if not isinstance(values.get("metadata"), dict):  # diffusers needs it
+        raise CheckpointError(f"{index} has no metadata: download or copy it again")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise CheckpointError(f"{index} has no weight_map: download or copy it again")
     for shard in shards.values():
