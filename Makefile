@@ -15,7 +15,7 @@ CONSTRAINTS := .venv/constraints.txt
 # Named after what was installed, so that another torch or another version of orbitdit is installed anew.
 INSTALLED := .venv/.installed-$(VERSION)-$(subst =,,$(TORCH))
 
-.PHONY: demo test coverage wheel lint format clean
+.PHONY: demo test coverage faults wheel lint format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,14 @@ test: $(INSTALLED)
 
 coverage: $(INSTALLED)
 	$(BIN)/python -m pytest $(WORKERS) --cov --cov-report=term
+
+# Half an hour. Writes docs/reliability.md and the lines that it is made of.
+faults: $(INSTALLED)
+	rm -f docs/reliability.jsonl
+	$(BIN)/python -m scripts.faults --out docs/reliability.jsonl
+	$(BIN)/python -m scripts.faults_writing --out docs/reliability.jsonl
+	$(BIN)/python -m scripts.loading --out docs/reliability.jsonl
+	$(BIN)/python -m scripts.faults_page
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m scripts.check_wheel

@@ -13,18 +13,29 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from families import FAMILIES
-from orbitdit import CheckpointError, DependencyError, ModelError, OrbitQuantConfig, TensorError, plan, quantize_
+from orbitdit import (
+    CheckpointError,
+    DependencyError,
+    ModelError,
+    OrbitQuantConfig,
+    TensorError,
+    plan,
+    quantize_,
+)
+from orbitdit.atomic import new_folder
 from orbitdit.checkpoint import (
     check_file,
     check_folder,
     find_model,
-    new_folder,
     packed_layers_in,
     read_json,
     stored_dtype,
 )
-from orbitdit.integrations.folders import load_model, load_pipeline, quantize_folder, skeleton, transformers_in
+from orbitdit.integrations.conversion import quantize_folder
+from orbitdit.integrations.folders import load_model, load_pipeline, skeleton, transformers_in
+from orbitdit.manifest import ENTRY, read_header
 from orbitdit.shapes import MODEL_DIR
+from orbitdit.verify import LISTING
 
 FLUX = FAMILIES["flux"]
 W4A4 = OrbitQuantConfig("w4a4")
@@ -69,7 +80,7 @@ def pipeline(saved, tmp_path):
     (folder / "vae" / "deep").mkdir(parents=True)
     (folder / "tokenizer").mkdir()
     (folder / "vae" / "config.json").write_text('{"a":  1}')
-    (folder / "vae" / "deep" / "weights.bin").write_bytes(bytes(range(256)))
+    save_file({"x": torch.ones(3)}, folder / "vae" / "deep" / "weights.safetensors")
     (folder / "tokenizer" / "merges.txt").write_bytes("é\r\n".encode())
     (folder / "README.md").write_text("hello")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
@@ -90,11 +101,29 @@ def contents(folder):
 
 
 def assert_same_model(folder, other):
-    """File by file; only the configuration may also say where the model came from."""
+    """File by file; only the configuration and the manifest may also say where the model came from."""
     assert sorted(os.listdir(folder)) == sorted(os.listdir(other)) == ["config.json", WEIGHTS]
-    assert (folder / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+    headers = [read_header(path / WEIGHTS) for path in (folder, other)]
+    data = [(path / WEIGHTS).read_bytes()[-data_size(read_header(path / WEIGHTS)) :] for path in (folder, other)]
+    assert data[0] == data[1]
+    assert places_in(headers[0]) == places_in(headers[1])
+    manifests = [json.loads(header.metadata[ENTRY]) for header in headers]
+    for manifest in manifests:
+        del manifest["source"], manifest["fingerprint"]
+    assert manifests[0] == manifests[1]
     configs = [read_json(path / "config.json") for path in (folder, other)]
+    for config in configs:
+        del config["quantization_config"]["fingerprint"]
     assert [{k: v for k, v in config.items() if k != "_name_or_path"} for config in configs] == [configs[1]] * 2
+
+
+def places_in(header):
+    begin = header.end - data_size(header)
+    return {name: (dtype, shape, first - begin) for name, (dtype, shape, first, _) in header.tensors.items()}
+
+
+def data_size(header):
+    return header.end - min(first for _, _, first, _ in header.tensors.values())
 
 
 def truncate(path):
@@ -102,8 +131,13 @@ def truncate(path):
 
 
 def change(folder, name, spoiled):
-    """Replace a tensor in `folder`, or drop it."""
-    tensors = load_file(folder / WEIGHTS)
+    """Replace a tensor in `folder`, or drop it. Quantized models become what version 4 wrote: without a manifest."""
+    tensors = {key: tensor for key, tensor in load_file(folder / WEIGHTS).items() if not key.endswith(".spec")}
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        del config["quantization_config"]["layers"], config["quantization_config"]["fingerprint"]
+        config["quantization_config"]["format_version"] = 4
+        (folder / "config.json").write_text(json.dumps(config))
     tensor = tensors.pop(name)
     if spoiled is not None:
         tensors[name] = spoiled(tensor).contiguous()
@@ -382,6 +416,7 @@ def test_pipelines_keep_everything_else_byte_for_byte(pipeline, saved, tmp_path)
     after = contents(tmp_path / "out")
     others = {name: data for name, data in before.items() if not name.startswith("transformer")}
     assert len(others) == 5
+    del after[LISTING]
     assert {name: data for name, data in after.items() if not name.startswith("transformer")} == others
     for name in ("transformer", "transformer_2"):
         assert_same_model(tmp_path / "out" / name, saved / "quantized")

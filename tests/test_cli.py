@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -14,9 +15,12 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, every_family
-from orbitdit import ConfigError, OrbitQuantConfig, cli, explain, plan
+from orbitdit import ConfigError, OrbitQuantConfig, cli, explain, plan, quantize_
+from orbitdit import save_file as save_one
+from orbitdit.checkpoint import read_json
 from orbitdit.integrations.folders import load_model, skeleton
 from orbitdit.shapes import MODEL_DIR
+from orbitdit.verify import LISTING
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAST = "single_transformer_blocks.1.proj_out.weight"
@@ -47,6 +51,55 @@ def run(monkeypatch, capsys):
         return caught.value.code or 0, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A quantized Flux, as a folder and as one file."""
+    base = tmp_path_factory.mktemp("packed")
+    model = FAMILIES["flux"].build()
+    quantize_(model, OrbitQuantConfig("w4a4"), progress=False)
+    model.save_pretrained(base / "folder")
+    save_one(model, base / "one.safetensors")
+    return base
+
+
+@pytest.mark.parametrize("name", ["folder", "one.safetensors"])
+def test_verify_and_info(run, packed, tmp_path, name):
+    fingerprint = read_json(packed / "folder" / "config.json")["quantization_config"]["fingerprint"]
+    code, out, err = run("verify", packed / name)
+    assert (code, err) == (0, "")
+    assert out == f"ok     {packed / name}: 188 tensors, configuration; fingerprint {fingerprint}\n"
+    code, out, err = run("info", packed / name)
+    assert (code, err) == (0, "")
+    told = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert told["model"] == "FluxTransformer2DModel"
+    assert told["fingerprint"] == fingerprint
+    assert told["layers"] == "6 x int4 a16, 34 x scalar4.unbiased a4"
+    assert "MB in 1 files" in told["size"]
+
+
+def test_verify_names_what_is_wrong_and_fails(run, packed, tmp_path):
+    folder = shutil.copytree(packed / "folder", tmp_path / "damaged")
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    code, out, err = run("verify", folder)
+    assert (code, err) == (1, "")
+    assert re.fullmatch(rf"WRONG  {folder / WEIGHTS}: the tensor '\S+' is not what was saved .*\n", out)
+    for command in ("verify", "info"):
+        code, out, err = run(command, tmp_path / "gone")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert str(tmp_path / "gone") in err
+
+
+def test_pack_writes_one_file(run, packed, tmp_path):
+    code, out, err = run("pack", packed / "folder", "--out", tmp_path / "x.safetensors")
+    assert (code, out, err) == (0, f"{tmp_path / 'x.safetensors'}: 0.4 MB\n", "")
+    assert (tmp_path / "x.safetensors").read_bytes() == (packed / "one.safetensors").read_bytes()
+    for target in ("x.safetensors", "x.bin"):
+        code, out, err = run("pack", packed / "folder", "--out", tmp_path / target)
+        assert (code, out, err.count("\n")) == (2, "", 1)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +295,7 @@ def test_quantize_the_embedded_pipeline(run):
     assert out == f"quantized: {size / 1e6:,.1f} MB\n"
     assert size < sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file()) / 4
     files = sorted(str(path.relative_to(MODEL_DIR)) for path in MODEL_DIR.rglob("*"))
-    assert sorted(str(path.relative_to(target)) for path in target.rglob("*")) == files
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*")) == sorted([*files, LISTING])
     for name in files:
         if (target / name).is_file() and not name.startswith("transformer"):
             assert (target / name).read_bytes() == (MODEL_DIR / name).read_bytes()
@@ -275,6 +328,9 @@ def test_weights_are_quantized_on_the_device_that_is_asked_for(run, monkeypatch,
         asked.append(device)
         raise ConfigError("seen")
 
+    monkeypatch.setattr(
+        "orbitdit.integrations.conversion.convert", lambda job, folder, device, *_: load(None, device=device)
+    )
     monkeypatch.setattr("orbitdit.integrations.folders.load_model", load)
     monkeypatch.setattr("orbitdit.evaluate.load_model", load)
     prompt = () if command == "quantize" else ("--prompt", "a red circle", "--steps", 1)
@@ -303,7 +359,7 @@ def test_an_interrupted_run_leaves_nothing(run, models, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orbitdit.integrations.folders.load_model", interrupt)
+    monkeypatch.setattr("orbitdit.integrations.conversion.convert", interrupt)
     code, out, err = run("quantize", models / "flux")
     assert code == 130
     assert "Traceback" not in out + err
@@ -377,6 +433,7 @@ def test_cuda_without_cuda(run, monkeypatch):
 EXAMPLES = {
     "plan": (),
     "quantize": (),
+    "pack": (".", "--out", "x.safetensors"),
     "generate": ("--prompt", "a circle"),
     "compare": ("--prompt", "a circle"),
     "evaluate": ("--prompt", "a circle"),
@@ -415,7 +472,7 @@ COMMANDS = typer.main.get_command(cli.app).commands
 
 
 def test_commands_and_help(run):
-    assert list(COMMANDS) == list(EXAMPLES)
+    assert set(COMMANDS) == {*EXAMPLES, "verify", "info"}  # these two need no diffusers
     for name, command in COMMANDS.items():
         code, out, err = run(name, "--help")
         assert (code, err) == (0, "")

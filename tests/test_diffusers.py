@@ -28,6 +28,7 @@ from orbitdit import (
 )
 from orbitdit.families import blocks
 from orbitdit.integrations.diffusers import OrbitQuantizer
+from orbitdit.manifest import read_header
 from orbitdit.model import packed_layers
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.pipeline import ShapesPipeline, initial_noise
@@ -85,7 +86,10 @@ def test_saving_and_loading_is_exact(family, saved, how, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="50KB" if "sharded" in how else "10GB")
     settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     record = {name: layer.spec.key for name, layer in packed_layers(quantized)}
+    fingerprint = settings.pop("fingerprint")
     assert settings == {**CONFIG.to_dict(), "layers": record}
+    for file in tmp_path.glob("*.safetensors"):
+        assert json.loads(read_header(file).metadata["orbitdit"])["fingerprint"] == fingerprint
     loaded = family.cls.from_pretrained(tmp_path)
     assert_same_state(loaded.state_dict(), quantized.state_dict())
     assert loaded.config.quantization_config == CONFIG
@@ -185,12 +189,17 @@ def flux(tmp_path_factory):
 
 
 def rewrite(folder, target, change):
-    """Copy a model folder with its tensors changed by `change`."""
+    """Copy a model folder with its tensors changed by `change`, as version 4 wrote it: without a manifest."""
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".spec")}
     change(tensors)
     target.mkdir()
     save_file(tensors, target / "diffusion_pytorch_model.safetensors")
-    (target / "config.json").write_text((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    if "quantization_config" in config:
+        del config["quantization_config"]["layers"], config["quantization_config"]["fingerprint"]
+        config["quantization_config"]["format_version"] = 4
+    (target / "config.json").write_text(json.dumps(config))
 
 
 NAME = "transformer_blocks.1.attn.to_k"

@@ -66,10 +66,22 @@ MAY_IMPORT = {
     "fallbacks": "errors explanation families fusion grids linear model ops ops.int4_linear.cuda ops.linear.matmul "
     + "ops.rotate_encode.cuda ops.rotate_encode.reference spec",
     "explain": "config errors explanation fallbacks fusion model",
+    "atomic": "errors",
     "checkpoint": "errors",
-    "integrations": "integrations.diffusers",
-    "integrations.diffusers": "checkpoint config errors fusion linear model policy",
-    "integrations.folders": "checkpoint config errors shapes.pipeline shapes.worlds",
+    "tensorfile": "checkpoint errors manifest",
+    "convert": "checkpoint config errors fusion lines linear manifest model quantize spec tensorfile",
+    "manifest": "codebooks codebooks.lloyd_max config errors ops.rotate_encode.means rotation spec",
+    "verify": "checkpoint config errors manifest",
+    "integrations": "integrations.diffusers integrations.saving integrations.single_file",
+    "integrations.saving": "config errors integrations.diffusers manifest",
+    "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy quantize spec verify",
+    "integrations.single_file": "checkpoint config errors integrations.diffusers manifest verify",
+    "files": "integrations.single_file",
+    "integrations.folders": "checkpoint config errors integrations.diffusers integrations.single_file manifest "
+    + "shapes.pipeline shapes.worlds verify",
+    "integrations.layouts": "checkpoint errors tensorfile",
+    "integrations.conversion": "atomic checkpoint config convert errors integrations.folders integrations.layouts "
+    + "manifest verify",
     "metrics": "",
     "lines": "errors",
     "shapes": "",
@@ -79,21 +91,24 @@ MAY_IMPORT = {
     "shapes.detector": "shapes.prompts shapes.worlds",
     "shapes.pipeline": "errors shapes.prompts shapes.scenes shapes.worlds",
     "evaluate": "config errors integrations.folders metrics model policy shapes.detector shapes.prompts",
-    "report": "errors evaluate policy",
+    "report": "atomic evaluate policy",
     "page": "errors evaluate metrics policy report",
-    "cli": "checkpoint config errors evaluate explain integrations.folders lines model page report shapes "
-    + "shapes.prompts",
-    "": "codebooks.lloyd_max config errors explain integrations linear model policy rotation",
+    "cli": "atomic checkpoint config errors evaluate explain integrations.conversion integrations.folders "
+    + "integrations.single_file lines model page report shapes shapes.prompts verify",
+    "": "codebooks.lloyd_max config errors explain files integrations linear model policy rotation verify",
 }
 """Module -> what it may import of the package; names are without "orbitdit.", which itself is the empty name. Calling
 one of the package's ops through `torch.ops` counts as an import of `ops`, which registers them."""
 
 MAY_IMPORT_OUTSIDE = {
-    "diffusers": {"integrations.diffusers", "integrations.folders", "shapes.pipeline", "cli"},
-    "accelerate": {"integrations.folders"},
-    "huggingface_hub": {"checkpoint"},
+    "diffusers": {
+        *("integrations.diffusers", "integrations.folders", "integrations.layouts", "integrations.saving"),
+        *("integrations.single_file", "shapes.pipeline", "cli"),
+    },
+    "accelerate": {"integrations.folders", "integrations.single_file"},
+    "huggingface_hub": {"checkpoint", "convert"},
     "PIL": {"report", "page", "cli"},
-    "rich": {"model", "report", "page", "cli"},
+    "rich": {"model", "integrations.conversion", "report", "page", "cli"},
     "typer": {"cli"},
 }
 """Library -> the modules that may import it, at their top or where they use it."""
@@ -212,6 +227,7 @@ def test_public_names():
         "TensorError",
         *("Codebook", "Int4Linear", "LayerPlan", "OrbitLinear", "OrbitQuantConfig", "Plan", "Rotation"),
         *("__version__", "dequantize_", "explain", "lloyd_max", "plan", "quantize_", "set_grid_"),
+        *("load_file", "save_file", "unverified"),
     }
     imports = [node for node in TREES[""].body if isinstance(node, ast.ImportFrom)]
     here = {alias.name for node in imports for alias in node.names}
@@ -246,8 +262,11 @@ for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     print(table["orbitdit"].__name__, len([key for key in table if key == "orbitdit"]))
 import sys, orbitdit
 orbitdit.integrations.register_on_import()
+import diffusers.loaders.single_file_model as single
+print(single.FromOriginalModelMixin.from_single_file.__func__.of_diffusers.__func__.__module__)
 print(sum(type(finder).__module__.startswith("orbitdit") for finder in sys.meta_path))
 """
+REGISTRATIONS = ["OrbitQuantizer", "1", "OrbitQuantConfig", "1", "diffusers.loaders.single_file_model", "0"]
 
 
 def test_importing_orbitdit_loads_no_heavy_library():
@@ -260,7 +279,7 @@ def test_importing_orbitdit_loads_no_heavy_library():
 
 def test_orbitdit_registers_when_diffusers_comes():
     code = "import orbitdit, diffusers, sys\nprint('orbitdit.integrations.diffusers' in sys.modules)\n"
-    assert fresh(code + REGISTERED)[1:] == ["OrbitQuantizer", "1", "OrbitQuantConfig", "1", "0"]
+    assert fresh(code + REGISTERED)[1:] == REGISTRATIONS
 
 
 @pytest.mark.parametrize(
@@ -273,4 +292,4 @@ def test_orbitdit_registers_when_diffusers_comes():
     ],
 )
 def test_any_first_import_works_and_registers(first):
-    assert fresh(first + REGISTERED) == ["OrbitQuantizer", "1", "OrbitQuantConfig", "1", "0"]
+    assert fresh(first + REGISTERED) == REGISTRATIONS

@@ -1,6 +1,7 @@
 """The two layers against the oracle, and everything a pipeline may feed them or do to them."""
 
 import copy
+import itertools
 import pickle
 import weakref
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
-from orbitdit import ConfigError, ModelError, OrbitLinear, TensorError
+from orbitdit import CheckpointError, ConfigError, ModelError, OrbitLinear, TensorError
 from orbitdit.codebooks import token_gain, trellis
 from orbitdit.grids import EXACT
 from orbitdit.linear import share_inputs
@@ -19,7 +20,7 @@ from orbitdit.ops import device_grids
 from orbitdit.ops.decode import reference as decode
 from orbitdit.ops.linear import reference
 from orbitdit.ops.rotate_encode.reference import encode_tokens, rotate_encode
-from orbitdit.spec import Encoding
+from orbitdit.spec import Encoding, LayerSpec
 from orbitdit.tokens import Tokens
 from specs import int4, orbit, spec
 
@@ -279,15 +280,16 @@ MAKE = pytest.mark.parametrize("make", [lambda li: orbit(li, 3, 4, seed=6), int4
 
 
 @MAKE
-def test_state_is_codes_scales_and_bias_and_comes_back_bit_exact(make):
+def test_state_is_codes_scales_bias_and_spec_and_comes_back_bit_exact(make):
     layer, x = make(plain_linear(200)), tokens(5, 200)
     state = layer.state_dict()
 
     def shell():
         return type(layer)(layer.spec, torch.zeros(11))
 
-    assert sorted(state) == ["bias", "codes", "scales"]
-    assert sorted(make(plain_linear(200, bias=False)).state_dict()) == ["codes", "scales"]
+    assert sorted(state) == ["bias", "codes", "scales", "spec"]
+    assert sorted(make(plain_linear(200, bias=False)).state_dict()) == ["codes", "scales", "spec"]
+    assert bytes(state["spec"]).decode() == layer.spec.key.ljust(64)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert state["codes"].dtype == torch.uint8
     assert state["scales"].dtype == torch.bfloat16
@@ -301,6 +303,46 @@ def test_state_is_codes_scales_and_bias_and_comes_back_bit_exact(make):
         shell().load_state_dict({key: value for key, value in state.items() if key != "codes"})
     with pytest.raises(RuntimeError, match="size mismatch"):
         shell().load_state_dict({**state, "codes": state["codes"][:, :-1]})
+
+
+SPECS = ["200x11 scalar4.norm a4 s0", "200x11 scalar4.norm a4 s1", "200x11 scalar4.unbiased a4 s0"]
+SPECS += ["200x11 uniform4.norm a4 s0", "200x11 trellis4.12.norm a4 s0", "200x11 trellis4.8.norm a4 s0"]
+SPECS += ["200x11 scalar4.norm a3 s0", "200x11 scalar4.norm a4g16 s0", "200x11 scalar4.norm a16 s0"]
+
+
+@pytest.mark.parametrize("saved", SPECS)
+def test_codes_of_another_spec_are_refused(saved):
+    """Of another seed, codebook, scale or token code: all of the same shape. The layer keeps what it has."""
+    spec, linear = LayerSpec.parse(saved), plain_linear(200)
+    state = {f"up.{key}": value for key, value in OrbitLinear.from_linear(linear, spec).state_dict().items()}
+    for strict, assign, key in itertools.product((False, True), (False, True), SPECS):
+        model = nn.ModuleDict({"up": OrbitLinear.from_linear(linear, LayerSpec.parse(key))})
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if key == saved:
+            assert str(model.load_state_dict(state, strict, assign)) == "<All keys matched successfully>"
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            model.load_state_dict(state, strict, assign)
+        assert str(caught.value).startswith(f"the stored codes of up are {saved!r}, the model's layer is {key!r}")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@MAKE
+def test_states_without_specs_load(make):
+    """They were made before there were any."""
+    layer = make(plain_linear(200))
+    state = layer.state_dict()
+    del state["spec"]
+    other = type(layer)(layer.spec, torch.zeros(11))
+    assert str(other.load_state_dict(state)) == "<All keys matched successfully>"
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in state.items())
+
+
+@MAKE
+def test_layers_without_values_have_no_spec_in_their_state(make):
+    """Loaders that fill a model on the meta device know its state by parameters and buffers alone."""
+    layer = make(plain_linear(200))
+    assert sorted(type(layer)(layer.spec, device="meta").state_dict()) == ["codes", "scales"]
 
 
 @MAKE

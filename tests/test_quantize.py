@@ -5,10 +5,19 @@ import pytest
 import torch
 
 import oracle
-from orbitdit import ConfigError, TensorError
+from orbitdit import ConfigError, OrbitQuantConfig, TensorError
 from orbitdit.codebooks import token_gain, trellis
 from orbitdit.ops.int4_linear.reference import dequantize_int4
-from orbitdit.quantize import QuantizedWeight, dequantize_weight, quantize_int4, quantize_weight, search
+from orbitdit.quantize import (
+    QuantizedWeight,
+    block_rows,
+    check_scales,
+    dequantize_weight,
+    encoder,
+    quantize_int4,
+    quantize_weight,
+    search,
+)
 from orbitdit.spec import LayerSpec, WeightCode
 from specs import code, int4_spec, spec
 
@@ -96,6 +105,47 @@ def test_magnitude_changes_scales_only(magnitude):
     assert torch.equal(plain.codes, moved.codes)
     norms = np.sqrt((fp64(weight * magnitude) ** 2).sum(1))
     np.testing.assert_array_equal(fp64(moved.scales), oracle.to_bf16(norms))
+
+
+@pytest.mark.parametrize("factor", [1e39, 1e-45])
+@pytest.mark.parametrize("make", [lambda w: quantize(w, 4), lambda w: quantize_weight(w, int4_spec(96, 5), "w")])
+def test_scales_that_bf16_does_not_hold_are_refused(make, factor):
+    """One row overflows to Inf, or becomes zero though it is not."""
+    weight = gaussian(5, 96).double()
+    weight[3] *= factor
+    with pytest.raises(TensorError, match="too large or too small for a scale in bf16"):
+        make(weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_scales_of_a_file_are_checked(value):
+    scales = torch.tensor([[0.0, 1.0], [2.0, 3.0]], dtype=torch.bfloat16)
+    check_scales(scales, "to_q.scales")
+    scales[1, 0] = value
+    with pytest.raises(TensorError, match=r"^to_q\.scales holds scales that are NaN, Inf or negative"):
+        check_scales(scales, "to_q.scales")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("make", [lambda w: quantize(w, 4), quantize_int4], ids=["orbit", "int4"])
+def test_fp8_weights_are_taken_as_the_numbers_they_are(make, dtype):
+    weight = gaussian(5, 96).to(dtype)
+    assert all(map(torch.equal, make(weight), make(weight.float())))
+    weight = weight.view(torch.uint8)
+    weight[2, 3] = 127  # NaN in both
+    with pytest.raises(TensorError, match="holds NaN or Inf"):
+        quantize(weight.view(dtype), 4)
+
+
+@pytest.mark.parametrize("recipe", ["w4a4", "w2a4"])
+def test_blocks_of_rows_give_the_same_as_the_whole(recipe, monkeypatch):
+    monkeypatch.setattr("orbitdit.quantize._BLOCK_ELEMENTS", 4 * 64)
+    weight, layer = gaussian(13, 64), OrbitQuantConfig(recipe).layer((64, 13))
+    whole, rows = quantize_weight(weight, layer), block_rows(64, weight.device)
+    encode = encoder(layer, weight.device)
+    parts = [encode(block) for block in weight.split(rows)]
+    assert len(parts) == 4
+    assert all(torch.equal(torch.cat(p), w) for p, w in zip(zip(*parts, strict=True), whole, strict=True))
 
 
 @pytest.mark.parametrize("make", [lambda w: quantize(w, 3, seed=1), quantize_int4], ids=["orbit", "int4"])

@@ -19,11 +19,13 @@ from orbitdit.errors import (
     TensorError,
 )
 from orbitdit.explain import explain
+from orbitdit.files import load_file, save_file
 from orbitdit.integrations import register_on_import
 from orbitdit.linear import Int4Linear, OrbitLinear
 from orbitdit.model import dequantize_, plan, quantize_, set_grid_
 from orbitdit.policy import LayerPlan, Plan
 from orbitdit.rotation import Rotation
+from orbitdit.verify import unverified
 
 __version__ = "0.2.0"
 
@@ -46,9 +48,12 @@ __all__ = [
     "dequantize_",
     "explain",
     "lloyd_max",
+    "load_file",
     "plan",
     "quantize_",
+    "save_file",
     "set_grid_",
+    "unverified",
 ]
 
 register_on_import()

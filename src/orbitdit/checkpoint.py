@@ -1,18 +1,14 @@
-"""Files and folders: what is safe to read, and writing so that a half-written result is never left behind.
+"""Files and folders: what is safe to read.
 
 Only safetensors files are read. `check_folder` looks at the weights of a model folder before anything is
-loaded: every shard that the index names must be there and complete. `new_folder` lets the caller write
-beside the target and renames at the end.
+loaded: every shard that the index names must be there and complete.
 """
 
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,31 @@ from safetensors import SafetensorError, safe_open
 from orbitdit.errors import CheckpointError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_JSON = 1 << 26
+"""Bytes of the largest JSON file that is read: indexes of large models have some hundred kilobytes."""
+
+
+def check_name(name: object, where: Path) -> str:
+    """`name`, which the file `where` has, if it is that of a file or folder beside it. Raises CheckpointError for what
+    could lead elsewhere: separators, "..", drives, names that are too long, or characters that are not printed."""
+    plain = isinstance(name, str) and name.isprintable() and len(name) <= 200 and not set(name) & set("/\\:")
+    if not plain or name in ("", ".", ".."):
+        raise CheckpointError(f"{where} names {name!r:.80}, which is no plain name: the file is damaged or hostile")
+    assert isinstance(name, str)
+    return name
+
+
+def check_link(path: Path, root: Path) -> None:
+    """Raise CheckpointError where `path`, in the folder `root`, is a link (or lies behind one) that leads nowhere or
+    out of `root`; to the files of the hub's cache it may lead."""
+    try:
+        real, base = path.resolve(strict=True), root.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise CheckpointError(f"{path} is missing, or a link that leads nowhere: copy the model again") from error
+    snapshots = next((parent for parent in (base, *base.parents) if parent.parent.name == "snapshots"), None)
+    blobs = None if snapshots is None else snapshots.parent.parent / "blobs"
+    if not real.is_relative_to(base) and (blobs is None or not real.is_relative_to(blobs)):
+        raise CheckpointError(f"{path} is a link that leads out of {root}: copy what it names into the folder")
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
@@ -31,7 +52,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when it is read: convert it to safetensors first"
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing: download or copy the model again")
     try:
         with safe_open(path, framework="pt") as file:
@@ -54,16 +75,17 @@ def packed_layers_in(files: Iterable[str | os.PathLike[str]]) -> dict[str, bool]
 def check_folder(folder: str | os.PathLike[str]) -> list[Path]:
     """The complete safetensors files of a model folder. Raises CheckpointError, naming the file, otherwise."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder} is no folder: name a model folder")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
             raise CheckpointError(f"{index} has no weight_map: download or copy it again")
         for shard in sorted(set(shards.values())):
-            check_file(folder / shard)
+            check_file(folder / check_name(shard, index))
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
+        check_link(file, folder)
         check_file(file)
     if not files:
         pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
@@ -73,44 +95,12 @@ def check_folder(folder: str | os.PathLike[str]) -> list[Path]:
     return files
 
 
-@contextmanager
-def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill, beside `target`, that becomes `target` when the block ends and vanishes when it fails.
-
-    Raises CheckpointError at once when `target` exists and is not an empty folder, or cannot be made.
-    """
-    target = Path(os.path.abspath(target))
-    if target.is_symlink() or target == Path.cwd():
-        raise CheckpointError(f"{target} is a link or the current folder: choose another output folder")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not an empty folder: choose another output folder")
-    made = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written ({error.strerror}): choose another output folder") from error
-    try:
-        yield scratch
-        for path in (scratch, *scratch.rglob("*")):  # not as private as temporary files are made
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if target.exists():
-            target.rmdir()
-        scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise
-
-
 def find_model(model: str | None, default: Path, weights: bool = True) -> Path:
     """The folder of `model`: a folder, a hub id such as "org/name" (downloaded; without `weights` only its
     configuration files), or `default` for None. Raises CheckpointError when there is no such model."""
     if model is None:
         return default
-    if model and Path(model).is_dir():
+    if model and os.path.isdir(model):
         return Path(model)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise CheckpointError(f"{model!r} is no folder and no hub id: name a model folder or an id such as 'org/name'")
@@ -128,23 +118,45 @@ def find_model(model: str | None, default: Path, weights: bool = True) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises CheckpointError when it is missing or damaged."""
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path} is missing: name a model folder in diffusers' layout")
+    if not path.is_file() or path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{path} is no file, or too large for one of JSON: download or copy the model again")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} is missing: name a model folder in diffusers' layout") from error
-    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): copy the model again") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: download or copy the model again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} does not hold a JSON object: download or copy the model again")
     return values
 
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The floating dtype that most tensors of a model folder are stored in; fp32 when it holds none."""
-    names: Counter[str] = Counter()
-    for path in check_folder(folder):
+    """`most_common_dtype` of the tensors of a model folder."""
+    return most_common_dtype(check_folder(folder))
+
+
+def most_common_dtype(files: Iterable[Path]) -> torch.dtype:
+    """`main_dtype` of the tensors in safetensors files."""
+    named = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": FP8[0], "F8_E5M2": FP8[1]}
+    dtypes = []
+    for path in files:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            names.update(file.get_slice(key).get_dtype() for key in keys)
-    floats = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return next((floats[name] for name, _ in names.most_common() if name in floats), torch.float32)
+            names = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118  # no mapping
+            dtypes += [named[name] for name in names if name in named]
+    return main_dtype(dtypes)
+
+
+def main_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that a model stored in `dtypes` is computed in: bf16 if some are fp8, else that of fp32, bf16 and fp16
+    that most tensors have; fp32 when none has."""
+    counts = Counter(dtypes)
+    if any(dtype in counts for dtype in FP8):
+        return torch.bfloat16
+    floats = torch.float32, torch.bfloat16, torch.float16
+    return next((dtype for dtype, _ in counts.most_common() if dtype in floats), torch.float32)

@@ -1,9 +1,11 @@
-"""The command line: `orbitdit plan | quantize | generate | compare | evaluate`.
+"""The command line: `orbitdit plan | quantize | verify | info | pack | generate | compare | evaluate`.
 
 Each command takes a model folder in diffusers' layout, a hub id, or nothing for the embedded model. Bad use
 ends with exit code 2 and one line on standard error.
 """
 
+import io
+import os
 import signal
 import sys
 from enum import Enum
@@ -13,9 +15,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from orbitdit.checkpoint import find_model, new_folder
+from orbitdit.atomic import new_folder
+from orbitdit.checkpoint import find_model
 from orbitdit.config import OrbitQuantConfig
-from orbitdit.errors import CheckpointError, ConfigError, OrbitDiTError
+from orbitdit.errors import CheckpointError, ConfigError, OrbitDiTError, PromptError
 from orbitdit.shapes import MODEL_DIR
 from orbitdit.shapes.prompts import benchmark
 
@@ -47,13 +50,24 @@ Rules = Annotated[
     list[str] | None,
     typer.Option("--rule", help="GLOB=ACTION over layer names; quantize, int4, keep, or bits. Repeatable."),
 ]
+Saved = Annotated[Path, typer.Argument(help="Folder or safetensors file of a quantized model, or a pipeline's folder.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if left out.")]
 Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels; the pipeline's own if left out.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels; the pipeline's own if left out.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a video; the pipeline's own if left out.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own if left out.")]
 On = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU when there is one.")]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt. Repeatable.")]
+
+
+def _text(prompts: list[str] | None) -> list[str] | None:
+    """The prompts, if they can be written as UTF-8. Raises PromptError for bytes of a terminal that are no text."""
+    for prompt in prompts or []:
+        if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise PromptError(f"the prompt {prompt!r} is no text: write it in UTF-8")
+    return prompts
+
+
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt. Repeatable.", callback=_text)]
 NoiseSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the initial noise; picture i uses seed + i.")]
 
 
@@ -96,22 +110,71 @@ def plan(  # noqa: PLR0913  # a parameter for each option
 
 
 @app.command()
-def quantize(
-    model: Model = None,
+def quantize(  # noqa: PLR0913  # a parameter for each option
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model folder, safetensors file or hub id; the embedded model if left out."),
+    ] = None,
     bits: Bits = "w4a4",
     recipe: Recipe = None,
     seed: RotationSeed = 0,
     rule: Rules = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For a file that does not say what model it is: a folder with its config.json.")
+    ] = None,
     device: On = Device.AUTO,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what was stopped, and keep what is done if stopped again.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")] = Path("quantized"),
 ) -> None:
-    """Write a quantized copy of a model or a whole pipeline."""
-    from orbitdit.integrations.folders import quantize_folder
+    """Write a quantized copy of a model or a whole pipeline, with memory that does not grow with the model."""
+    from orbitdit.integrations.conversion import quantize_folder
 
-    config = _config(bits, seed, rule, recipe)
-    quantize_folder(_find(model), out, config, _device(device))
+    settings = _config(bits, seed, rule, recipe)
+    source = Path(model) if model is not None and os.path.isfile(model) else _find(model)
+    quantize_folder(source, out, settings, _device(device), config, resume)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:,.1f} MB")
+
+
+@app.command()
+def verify(path: Saved) -> None:
+    """Compare a quantized model or pipeline with what was saved: every tensor and configuration, by hashes."""
+    from orbitdit.verify import verify as findings
+
+    wrong = 0
+    for finding in findings(path):
+        wrong += bool(finding.problem)
+        print(f"WRONG  {finding.problem}" if finding.problem else f"ok     {finding.where}: {finding.note}", flush=True)
+    if wrong:
+        sys.exit(1)
+
+
+@app.command()
+def info(path: Saved) -> None:
+    """Show what a quantized model or pipeline is: layers, bits, sizes, where it came from, fingerprint."""
+    from orbitdit.verify import describe
+
+    for number, found in enumerate(describe(path)):
+        if number:
+            print()
+        for key, value in found.items():
+            print(f"{key:15} {value}")
+
+
+@app.command()
+def pack(
+    path: Saved, out: Annotated[Path, typer.Option(help="The safetensors file to write; it must not exist.")]
+) -> None:
+    """Write a quantized model's folder as one safetensors file, which holds its configuration too."""
+    from orbitdit.integrations.folders import load_model
+    from orbitdit.integrations.single_file import save_file
+
+    if out.exists() or out.suffix != ".safetensors":
+        raise CheckpointError(f"--out {out} exists or does not end in .safetensors: choose another file")
+    save_file(load_model(_find(str(path))), out)
+    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
 
 
 @app.command()
@@ -269,7 +332,12 @@ def evaluate(  # noqa: PLR0913  # a parameter for each option
 
 def main() -> None:
     """Run the command line; every error is one line on standard error."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed
+    for name in ("SIGTERM", "SIGHUP"):  # so that half-written folders are removed
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except typer.TyperException as error:
@@ -283,6 +351,10 @@ def main() -> None:
         _fail(f"{EXTRA[module]} is not installed: run pip install 'orbitdit[diffusers]'")
     except typer.Abort:
         _fail("interrupted")
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error})")
+    except MemoryError:
+        _fail("there is not enough memory: choose a smaller model or picture")
 
 
 def _fail(message: str) -> None:

@@ -51,9 +51,9 @@ class QuantMethod(str, Enum):
 
 def parse_bits(text: str) -> tuple[int, int]:
     """("w2a4") -> (2, 4), weight and activation bits. Raises ConfigError for anything else."""
-    match = re.fullmatch(r"w([0-9]+)a([0-9]+)", text.lower()) if isinstance(text, str) else None
+    match = re.fullmatch(r"w([0-9]{1,3})a([0-9]{1,3})", text.lower()) if isinstance(text, str) else None
     if match is None:
-        raise ConfigError(f"bits {text!r} are not understood; write them as 'w4a4', 'w2a4' or 'w4a16'")
+        raise ConfigError(f"bits {text!r:.80} are not understood; write them as 'w4a4', 'w2a4' or 'w4a16'")
     bits = int(match[1]), int(match[2])
     _check_bits(*bits)
     return bits
@@ -97,6 +97,7 @@ class OrbitQuantConfig:
             action is "quantize", "int4" (weight-only, as for modulation), "keep", or bits such as "w6a6".
         layers: of a quantized model, what each layer became: pairs of names and keys of specs (see `spec`). A saved
             model has this record, and is loaded by it; quantizing does not look at it.
+        fingerprint: in the configuration of a saved model, that of its manifest (see docs/format.md).
 
     Raises ConfigError for anything else. `recipe` and `codebook` are settled here and not kept: a saved configuration
     says what was done, whatever the recipes of later versions are.
@@ -116,6 +117,7 @@ class OrbitQuantConfig:
     seed: int = 0
     rules: Sequence[tuple[str, str]] = ()
     layers: Sequence[tuple[str, str]] = dataclasses.field(default=(), compare=False, repr=False)
+    fingerprint: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self, bits: str | None, recipe: str | None, codebook: str | None) -> None:
         given = [b for b in (self.weight_bits, self.activation_bits) if b is not None]
@@ -147,6 +149,8 @@ class OrbitQuantConfig:
             raise ConfigError(f"rules={self.rules!r} is not a list of (glob, action) pairs")
         object.__setattr__(self, "rules", tuple(_check_rule(rule) for rule in self.rules))
         object.__setattr__(self, "layers", _check_layers(self.layers))
+        if not isinstance(self.fingerprint, str):
+            raise ConfigError(f"fingerprint={self.fingerprint!r} is no text: the configuration is damaged")
         _check_choice("modulation_bits", self.modulation_bits, (4, 16))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed={self.seed!r} is not supported; choose an integer, 0 <= seed < 2**64")
@@ -186,8 +190,9 @@ class OrbitQuantConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields |= {"trellis_bits": list(self.trellis_bits), "centred_bits": list(self.centred_bits)}
         fields |= {"rules": [list(rule) for rule in self.rules], "layers": dict(self.layers)}
-        if not self.layers:
-            del fields["layers"]
+        for name in ("layers", "fingerprint"):
+            if not fields[name]:
+                del fields[name]
         return {"quant_method": self.quant_method.value, "format_version": FORMAT_VERSION, **fields}
 
     to_diff_dict = to_dict

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from orbitdit.errors import ModelError, TensorError
+from orbitdit.errors import CheckpointError, ModelError, TensorError
 from orbitdit.grids import EXACT
 from orbitdit.ops import choose, has_kernel, ops, run_linear
 from orbitdit.ops.int4_linear.reference import int4_linear
 from orbitdit.ops.linear.reference import exact_linear
-from orbitdit.quantize import QuantizedWeight, check_spec, empty_weight, quantize_weight
+from orbitdit.quantize import QuantizedWeight, check_scales, check_spec, empty_weight, quantize_weight
 from orbitdit.spec import INT4, LayerSpec, Projection
 from orbitdit.tokens import Deferred, Modulation, Tokens, TokensTensor
 from orbitdit.weight import PackedWeight
@@ -201,6 +201,23 @@ class _PackedLinear(nn.Linear):
             linear.bias = nn.Parameter(self.bias.to(dtype))
         return linear
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Beside codes and scales the state has what they mean: the spec's key (on the CPU), if there are values."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.codes.is_meta:
+            destination[f"{prefix}spec"] = spec_tensor(self.spec)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Raises CheckpointError for the codes of another spec (older states do not say what theirs is), and
+        TensorError for scales that are none."""
+        check_spec_tensor(state_dict.get(f"{prefix}spec"), self.spec, prefix.removesuffix("."))
+        if f"{prefix}scales" in state_dict:
+            check_scales(state_dict[f"{prefix}scales"], f"{prefix}scales")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected: list[str] = args[3]
+        if f"{prefix}spec" in unexpected:
+            unexpected.remove(f"{prefix}spec")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_PackedLinear":
         """Moves go to all tensors, casts to the bias alone: codes and scales in another dtype would be others."""
         codes, scales = self.codes, self.scales
@@ -232,6 +249,24 @@ class _PackedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Shape, bits and code."""
         return f"{super().extra_repr()}, {self.spec.label}, {self.spec.weight.key}"
+
+
+def spec_tensor(spec: LayerSpec) -> Tensor:
+    """The key of `spec` as ASCII text, uint8: a layer's entry `spec` in state dicts and files. Spaces make it a
+    multiple of 64 bytes long: codes that follow it in a file stay aligned."""
+    text = spec.key.encode()
+    return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 64) * 64)), dtype=torch.uint8)
+
+
+def check_spec_tensor(stored: Tensor | None, spec: LayerSpec, name: str) -> None:
+    """Raise CheckpointError unless `stored`, the entry `spec` of the layer `name`, is None or says `spec`."""
+    if stored is None or torch.equal(stored.cpu(), spec_tensor(spec)):
+        return
+    said = bytes(stored.flatten().to("cpu", torch.uint8).tolist()).decode("ascii", "replace").rstrip()
+    raise CheckpointError(
+        f"the stored codes of {name or 'the layer'} are {said!r}, the model's layer is {spec.key!r}: quantize the "
+        "model as the stored one was"
+    )
 
 
 def _computes_in(dtype: torch.dtype) -> bool:

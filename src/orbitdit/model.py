@@ -5,8 +5,7 @@
 model's layer names and shapes and the configuration (see `policy`), whichever way a model is quantized.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -18,7 +17,11 @@ from orbitdit.grids import EXACT, GRIDS
 from orbitdit.linear import Int4Linear, OrbitLinear, layer_class
 from orbitdit.ops import device_grids
 from orbitdit.policy import Layer, LayerPlan, Plan, build_plan
-from orbitdit.quantize import check_weight
+from orbitdit.quantize import check_finite, check_weight
+
+announce: list[Callable[[nn.Module, OrbitQuantConfig | None], None]] = []
+"""Functions of integrations, called with each model that was quantized in place and its configuration with the record
+of layers, or that was dequantized and None."""
 
 
 def plan(model: nn.Module, config: OrbitQuantConfig) -> Plan:
@@ -52,13 +55,16 @@ def plan(model: nn.Module, config: OrbitQuantConfig) -> Plan:
 def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True) -> Plan:
     """Quantize `model` in place, layer by layer on each layer's device, and return the plan that was carried out.
 
-    Raises as `plan` does, and TensorError, naming the weight, for NaN or Inf or weights without data;
-    the model is unchanged then.
+    Raises as `plan` does, and TensorError, naming the parameter, for NaN or Inf (in kept ones too) or weights without
+    data; the model is unchanged then.
     """
     found = plan(model, config)
     todo = found.select("quantize", "int4")
     for row in todo:
         check_weight(linear_named(model, row.name).weight, f"{row.name}.weight")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            check_finite(parameter, name)
     rows: Iterable[LayerPlan] = todo
     if progress:
         from rich.console import Console  # late: most of what imports orbitdit shows no progress
@@ -71,7 +77,8 @@ def quantize_(model: nn.Module, config: OrbitQuantConfig, progress: bool = True)
     for row in rows:
         replace_module(model, row.name, quantize_layer(linear_named(model, row.name), row), where)
     connect(model)
-    _tell_diffusers(model, found.recorded)
+    for tell in announce:
+        tell(model, found.recorded)
     return found
 
 
@@ -113,7 +120,8 @@ def dequantize_(model: nn.Module) -> nn.Module:
         linear = layer.to_linear(dtype if isinstance(dtype, torch.dtype) else layer.dtype)
         replace_module(model, name, linear, where)
     disconnect(model)
-    _tell_diffusers(model, None)
+    for tell in announce:
+        tell(model, None)
     return model
 
 
@@ -148,34 +156,3 @@ def replace_module(model: nn.Module, name: str, module: nn.Module, where: Places
     module.train(model.get_submodule(name).training)
     for parent, leaf in (places(model) if where is None else where)[name]:
         setattr(parent, leaf, module)
-
-
-def refuse_fusing(model: Any) -> None:
-    """Let the `fuse_lora` of a diffusers model raise before it does anything: it changes layer after layer, and would
-    stop half-way, at the first that is packed."""
-    if hasattr(model, "fuse_lora"):
-        model.fuse_lora = cannot_fuse
-
-
-def cannot_fuse(*args: Any, **kwargs: Any) -> None:
-    """What a quantized model has as `fuse_lora`. Raises ModelError."""
-    raise ModelError(
-        "LoRAs cannot be fused: weights are packed and cannot be written to. Keep them as adapters, or fuse them into "
-        "the full-precision model and quantize that"
-    )
-
-
-def _tell_diffusers(model: Any, config: OrbitQuantConfig | None) -> None:
-    """Set what a diffusers model's `save_pretrained` writes and its `to(dtype)` asks; other models are left alone."""
-    if not hasattr(model, "register_to_config"):
-        return
-    model.is_quantized = config is not None
-    if config is not None:
-        model.register_to_config(quantization_config=config)
-        model.quantization_method = config.quant_method
-        refuse_fusing(model)
-    else:  # there is no public way to take an entry out
-        entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
-        model._internal_dict = type(model.config)(entries)
-        model.hf_quantizer = None
-        model.__dict__.pop("fuse_lora", None)

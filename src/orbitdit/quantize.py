@@ -35,7 +35,8 @@ from orbitdit.spec import INT4, LayerSpec, WeightCode
 TOKEN_BITS = tuple(bits for bits in ACTIVATION_BITS if bits != 16)
 """Bits of token codes: 16 stand for tokens that are not coded."""
 _BLOCK_ELEMENTS, _LARGE_BLOCK_ELEMENTS = 1 << 20, 1 << 23
-"""Weights that are worked on at a time: 8 MB of fp64 on a CPU; a GPU, and a search, need more to be busy."""
+"""Weights that are worked on at a time: 8 MB of fp64 on a CPU, whose larger temporaries are mapped anew each time; a
+GPU needs more to be busy."""
 
 
 class QuantizedWeight(NamedTuple):
@@ -51,8 +52,20 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         raise TensorError(f"{name}: a floating-point matrix is needed; got {weight.dtype} of {tuple(weight.shape)}")
     if weight.is_meta:
         raise TensorError(f"{name} has no data (it is on the meta device): load the weights first")
-    if not torch.isfinite(weight).all():
-        raise TensorError(f"{name} holds NaN or Inf: repair the checkpoint before quantizing it")
+    check_finite(weight, name)
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise TensorError, naming the tensor, for NaN or Inf in a `tensor` of any shape and floating dtype."""
+    for block in tensor.detach().reshape(-1).split(_BLOCK_ELEMENTS):
+        if not torch.isfinite(block if block.element_size() > 1 else block.float()).all():  # fp8 has no isfinite
+            raise TensorError(f"{name} holds NaN or Inf: repair the checkpoint before quantizing it")
+
+
+def check_scales(scales: Tensor, name: str) -> None:
+    """Raise TensorError, naming the tensor, unless all `scales` (of a quantized weight) are finite and not negative."""
+    if not (torch.isfinite(scales) & (scales >= 0)).all():
+        raise TensorError(f"{name} holds scales that are NaN, Inf or negative: the file is damaged; copy it again")
 
 
 def check_spec(spec: LayerSpec) -> None:
@@ -82,25 +95,49 @@ def quantize_weight(weight: Tensor, spec: LayerSpec, name: str = "weight") -> Qu
     check_spec(spec)
     if weight.shape != (spec.out_features, spec.in_features):
         raise TensorError(f"{name} has shape {tuple(weight.shape)}; {spec.out_features, spec.in_features} is needed")
+    return _by_rows(encoder(spec, weight.device, name), weight)
+
+
+def encoder(spec: LayerSpec, device: torch.device, name: str = "weight") -> Callable[[Tensor], QuantizedWeight]:
+    """What makes codes and scales of a block of rows (rows, in_features) on `device`, of any floating dtype.
+
+    Rows are coded one by one, so a weight can be given in blocks of `block_rows`; `quantize_weight` does. Raises
+    TensorError for rows whose norm bf16 does not hold.
+    """
     if spec.weight.codebook == INT4:
-        return quantize_int4(weight)
+        return lambda block: _held(_encode_int4(block), block.double(), name)
     code, dim = spec.weight, spec.in_features
     gain = token_gain(spec)
-    centroids, step = points(code, dim, weight.device, torch.float64)
+    centroids, step = points(code, dim, device, torch.float64)
     searched = window(code) != code.bits
     boundaries = (centroids[1:] + centroids[:-1]) / 2
 
     def encode(block: Tensor) -> QuantizedWeight:
-        rotated = rotation(dim, spec.seed or 0).apply(block.double())
+        block = block.double()
+        rotated = rotation(dim, spec.seed or 0).apply(block)
         norm = rotated.norm(dim=1)
         unit = rotated / norm.where(norm > 0, 1)[:, None]
         codes = search((unit * dim**0.5).float(), code, dim) if searched else nearest(unit, boundaries)
         if code.scale != "norm":
             projection = (unit * look_up(indices(codes, code), centroids)).sum(1) * step
             norm = norm * (unit.square().sum(1) / projection).where(projection > 0, 1) * gain
-        return QuantizedWeight(pack(codes, code.bits), norm.to(torch.bfloat16))
+        return _held(QuantizedWeight(pack(codes, code.bits), norm.to(torch.bfloat16)), block, name)
 
-    return _by_rows(encode, weight, large=searched)
+    return encode
+
+
+def block_rows(in_features: int, device: torch.device) -> int:
+    """How many rows of a weight of this width are worked on at a time."""
+    return max(1, (_LARGE_BLOCK_ELEMENTS if device.type == "cuda" else _BLOCK_ELEMENTS) // max(1, in_features))
+
+
+def _held(quantized: QuantizedWeight, block: Tensor, name: str) -> QuantizedWeight:
+    """`quantized`, the codes of `block`, if bf16 holds its scales. Raises TensorError otherwise."""
+    scales = quantized.scales
+    largest = scales.amax(1) if scales.ndim == 2 else scales
+    if not torch.isfinite(largest).all() or ((largest == 0) & (block != 0).any(1)).any():
+        raise TensorError(f"{name} has rows that are too large or too small for a scale in bf16: rescale the model")
+    return quantized
 
 
 def search(z: Tensor, code: WeightCode, dim: int) -> Tensor:
@@ -130,16 +167,16 @@ def dequantize_weight(quantized: QuantizedWeight, spec: LayerSpec) -> Tensor:
 
 def quantize_int4(weight: Tensor) -> QuantizedWeight:
     """INT4 codes (stored plus 8) and bf16 scales (rows, groups of 64) of a finite `weight` (rows, dim)."""
-    dim = weight.shape[1]
+    return _by_rows(_encode_int4, weight)
 
-    def encode(block: Tensor) -> QuantizedWeight:
-        groups = torch.nn.functional.pad(block.double(), (0, -dim % GROUP)).unflatten(1, (-1, GROUP))
-        scale = (groups.abs().amax(-1) / 7).to(torch.bfloat16)
-        step = scale.double().where(scale > 0, 1)[..., None]
-        codes = (groups / step).round().clamp(-7, 7) + 8
-        return QuantizedWeight(pack(codes.to(torch.uint8).flatten(1)[:, :dim], 4), scale)
 
-    return _by_rows(encode, weight)
+def _encode_int4(block: Tensor) -> QuantizedWeight:
+    dim = block.shape[1]
+    groups = torch.nn.functional.pad(block.double(), (0, -dim % GROUP)).unflatten(1, (-1, GROUP))
+    scale = (groups.abs().amax(-1) / 7).to(torch.bfloat16)
+    step = scale.double().where(scale > 0, 1)[..., None]
+    codes = (groups / step).round().clamp(-7, 7) + 8
+    return QuantizedWeight(pack(codes.to(torch.uint8).flatten(1)[:, :dim], 4), scale)
 
 
 def empty_weight(spec: LayerSpec, device: torch.device | str | None = None) -> QuantizedWeight:
@@ -150,9 +187,7 @@ def empty_weight(spec: LayerSpec, device: torch.device | str | None = None) -> Q
     return QuantizedWeight(codes, torch.empty(scales, dtype=torch.bfloat16, device=device))
 
 
-def _by_rows(encode: Callable[[Tensor], QuantizedWeight], weight: Tensor, large: bool = False) -> QuantizedWeight:
+def _by_rows(encode: Callable[[Tensor], QuantizedWeight], weight: Tensor) -> QuantizedWeight:
     """`encode` over blocks of rows, to bound the memory that fp64 takes."""
-    elements = _LARGE_BLOCK_ELEMENTS if large or weight.is_cuda else _BLOCK_ELEMENTS
-    rows = max(1, elements // max(1, weight.shape[1]))
-    parts = [encode(block) for block in weight.detach().split(rows)]
+    parts = [encode(block) for block in weight.detach().split(block_rows(weight.shape[1], weight.device))]
     return QuantizedWeight(*(torch.cat(column) for column in zip(*parts, strict=True)))

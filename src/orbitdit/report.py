@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich import box
 from rich.table import Table
 
-from orbitdit.errors import CheckpointError
+from orbitdit.atomic import write_new_file
 from orbitdit.evaluate import Result
 from orbitdit.policy import LayerPlan, Plan
 
@@ -137,13 +137,7 @@ def environment() -> dict[str, str]:
 
 def write_json(values: dict[str, Any], path: Path) -> None:
     """Write `values` with stable formatting; raises CheckpointError when `path` cannot be written."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written ({error.strerror}): choose another file") from error
+    write_new_file(path, json.dumps(values, indent=1) + "\n")
 
 
 def picture_grid(results: Sequence[Result], prompts: Sequence[str]) -> Image.Image:

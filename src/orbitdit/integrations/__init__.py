@@ -1,7 +1,7 @@
 """Bridges to other libraries, each loaded only when that library is.
 
-`register_on_import` makes diffusers know orbitdit without importing it: if diffusers' table of quantizers is
-loaded already, orbitdit is entered now, else right after the table is imported.
+`register_on_import` makes diffusers know orbitdit without importing it: what concerns a module of diffusers is done now
+if that module is loaded already, else right after it is imported.
 """
 
 import importlib
@@ -12,28 +12,34 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_TABLE = "diffusers.quantizers.auto"
+_AFTER = {
+    "diffusers.quantizers.auto": "orbitdit.integrations.diffusers",  # enters orbitdit in the table of quantizers
+    "diffusers.models.modeling_utils": "orbitdit.integrations.saving",  # extends save_pretrained
+    "diffusers.loaders.single_file_model": "orbitdit.integrations.single_file",  # extends from_single_file
+}
+"""Modules of diffusers, and which of ours registers itself there when it is imported."""
 
 
 def register_on_import() -> None:
-    """Enter orbitdit in diffusers' table of quantizers, now or when diffusers is first imported. Idempotent."""
-    if _TABLE in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
-
-def _register() -> None:
-    importlib.import_module("orbitdit.integrations.diffusers")  # registers itself when it has run
+    """Register with diffusers, now or when its modules are first imported. Idempotent."""
+    waiting = {finder.module for finder in sys.meta_path if isinstance(finder, _AfterImport)}
+    for theirs, ours in _AFTER.items():
+        if theirs in sys.modules:
+            importlib.import_module(ours)
+        elif theirs not in waiting:
+            sys.meta_path.insert(0, _AfterImport(theirs))
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds `diffusers.quantizers.auto` as Python would, and registers orbitdit once it has run."""
+    """Finds a module of diffusers as Python would, and imports ours once it has run."""
+
+    def __init__(self, module: str):
+        self.module = module
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TABLE:
+        if fullname != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -43,7 +49,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
-            _register()
+            importlib.import_module(_AFTER[self.module])
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec

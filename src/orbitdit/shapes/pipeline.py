@@ -126,7 +126,7 @@ class ShapesPipeline(DiffusionPipeline):
         world: str = SHAPES.name,
     ):
         super().__init__()
-        if world not in WORLDS:
+        if not isinstance(world, str) or world not in WORLDS:
             raise CheckpointError(f"world {world!r} is unknown to this version of orbitdit: it has {', '.join(WORLDS)}")
         self.register_modules(transformer=transformer, text_encoder=text_encoder, scheduler=scheduler)
         self.register_to_config(world=world)
