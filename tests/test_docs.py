@@ -35,3 +35,9 @@ def test_every_target_that_a_document_names_exists():
     assert set(targets) == set(re.search(r"^\.PHONY: (.*)$", document("Makefile"), re.MULTILINE)[1].split())
     named = re.findall(r"(?:^    |`)make ([a-z]+)", document("README.md") + document("CONTRIBUTING.md"), re.MULTILINE)
     assert set(named) == set(targets)
+
+
+def test_the_page_on_reliability_is_made_of_its_lines():
+    command = [sys.executable, "-m", "scripts.faults_page", "--check"]
+    check = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 0, f"run python -m scripts.faults_page and commit docs/reliability.md\n{check.stderr}"
