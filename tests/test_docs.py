@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from scripts import tables
+from scripts import faults_page, tables
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_tables_are_up_to_date(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
+@pytest.mark.parametrize(
+    ("script", "page"), [(tables, "README.md"), (faults_page, "docs/reliability.md")], ids=["tables", "faults_page"]
+)
+def test_pages_are_made_of_committed_lines(script, page, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--check"])
     with pytest.raises(SystemExit) as end:
-        tables.main()
-    assert not end.value.code, "run python -m scripts.tables and commit README.md"
+        script.main()
+    assert not end.value.code, f"run python -m {script.__name__} and commit {page}"
 
 
 def document(name):
@@ -35,9 +38,3 @@ def test_every_target_that_a_document_names_exists():
     assert set(targets) == set(re.search(r"^\.PHONY: (.*)$", document("Makefile"), re.MULTILINE)[1].split())
     named = re.findall(r"(?:^    |`)make ([a-z]+)", document("README.md") + document("CONTRIBUTING.md"), re.MULTILINE)
     assert set(named) == set(targets)
-
-
-def test_the_page_on_reliability_is_made_of_its_lines():
-    command = [sys.executable, "-m", "scripts.faults_page", "--check"]
-    check = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert check.returncode == 0, f"run python -m scripts.faults_page and commit docs/reliability.md\n{check.stderr}"
