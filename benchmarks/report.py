@@ -251,7 +251,8 @@ def page(rows: list[Row]) -> str:
         for gpu, row in LIMITS.items()
     )
     parts = [HEAD.format(limits=limits).strip()]
-    for gpu in sorted(distinct(r["gpu"] for r in rows), key=lambda name: name.startswith("CPU")):
+    gpus = distinct(r["gpu"] for r in rows if r["suite"] in TITLES)
+    for gpu in sorted(gpus, key=lambda name: name.startswith("CPU")):
         parts.append(f"## {gpu}")
         for suite in TITLES:
             chosen = [r for r in rows if r["gpu"] == gpu and r["suite"] == suite]
