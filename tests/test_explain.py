@@ -540,7 +540,7 @@ blocks.*.attn2.to_v                        2  W4A4  int8 kernel                 
 blocks.*.attn2.to_out.0                    2  W4A4  int8 kernel
 blocks.*.ffn.net.0.proj                    2  W4A4  int8 kernel  layer_norm
 blocks.0.ffn.net.2                         1  W4A4  int8 kernel  gelu
-blocks.1.ffn.net.2                         1  W2A4  int8 kernel  gelu                     16
+blocks.1.ffn.net.2                         1  W2A4  int8 kernel  gelu
 proj_out                                   1  kept  torch
 
 cuda sm_80 has no FP8: e4m3 needs compute capability 8.9.

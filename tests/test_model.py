@@ -131,7 +131,7 @@ def test_recipes_reach_the_layers():
     weight = dict(FAMILIES["wan"].build().named_parameters())["blocks.0.ffn.net.2.weight"]
     for config, bits, coding in (
         (OrbitQuantConfig("w2a4", "paper", seed=3), 2, {}),
-        (OrbitQuantConfig("w2a4", trellis_states=8, seed=3), 2, {"states": 8, "scale": "unbiased", "group_size": 16}),
+        (OrbitQuantConfig("w2a4", trellis_states=8, seed=3), 2, {"states": 8, "scale": "unbiased"}),
         (OrbitQuantConfig("w4a4", seed=3), 4, {"scale": "unbiased"}),
     ):
         layer = quantized(FAMILIES["wan"], config).blocks[0].ffn.net[2]

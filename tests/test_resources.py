@@ -27,7 +27,7 @@ SOME = (
     ("viterbi", "3 bits, 2^8 states", "fp32"),
     ("int4_linear", "3072 inputs", "bf16, copied by threads"),
     ("int4_linear", "3072 inputs", "bf16, copied in bulk"),
-    ("means", "any width", "bf16"),
+    ("rotate_encode", "3072 inputs, layer norm, means", "bf16"),
     ("scale", "sums in int32", "to bfloat16, bias bfloat16"),
 )
 """Launches that every run of the tests compiles; `python -m benchmarks.resources` compiles all."""

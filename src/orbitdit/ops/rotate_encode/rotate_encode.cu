@@ -263,8 +263,8 @@ __device__ inline void lay_out(u8* staged, int v, const uint4 (&r)[TOKENS]) {
 // x (tokens, DIM - FIRST), `pitch` numbers from row to row with GELU and SILU; gather (tiles, 32 lanes, 8) u16: place
 // in shared memory, and in the highest bit the sign; table: 32 words or BINS bytes; out (tokens, DIM) grid bytes,
 // scales (tokens,). With AVERAGE, `tokens` are groups; means (groups of all samples, DIM) in 16 bits, and their
-// values in fp16, with AVERAGE in `out`. Dynamic shared memory: STAGES_BYTES and, with SPLIT, 512 for each token and tile that a block has
-// in hand.
+// values in fp16, with AVERAGE in `out`. Dynamic shared memory: STAGES_BYTES and, with SPLIT, 512 for each token and
+// tile that a block has in hand.
 KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     rotate_encode(const u16* __restrict__ x, const uint4* __restrict__ gather, const uint4* __restrict__ table,
                   u8* __restrict__ out, float* __restrict__ scales, int tokens, float to_unit, float slope,
@@ -490,7 +490,8 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
           }
 #endif
 #if CENTRED
-          if (inside) r = less(r, __ldg(reinterpret_cast<const uint4*>(means + static_cast<i64>(group_of[t]) * DIM) + v));
+          const u16* const mean_row = means + static_cast<i64>(group_of[t]) * DIM;
+          if (inside) r = less(r, __ldg(reinterpret_cast<const uint4*>(mean_row) + v));
 #endif
           add_squares(squares[t], r);
         }
@@ -644,7 +645,8 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
         const bool inside = DIM % 256 == 0 || index < DIM;
 #if CENTRED
         uint4 of_mean = make_uint4(0, 0, 0, 0);
-        if (inside) of_mean = __ldg(reinterpret_cast<const uint4*>(mean_values + static_cast<i64>(group_of[t]) * DIM + index));
+        const u16* const values_of_mean = mean_values + static_cast<i64>(group_of[t]) * DIM + index;
+        if (inside) of_mean = __ldg(reinterpret_cast<const uint4*>(values_of_mean));
 #endif
         u32 byte[8];
 #pragma unroll
