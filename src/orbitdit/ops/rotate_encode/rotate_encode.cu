@@ -490,8 +490,8 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
           }
 #endif
 #if CENTRED
-          const u16* const mean_row = means + static_cast<i64>(group_of[t]) * DIM;
-          if (inside) r = less(r, __ldg(reinterpret_cast<const uint4*>(mean_row) + v));
+          if (inside)
+            r = less(r, __ldg(reinterpret_cast<const uint4*>(means + static_cast<i64>(group_of[t]) * DIM) + v));
 #endif
           add_squares(squares[t], r);
         }
@@ -645,8 +645,9 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
         const bool inside = DIM % 256 == 0 || index < DIM;
 #if CENTRED
         uint4 of_mean = make_uint4(0, 0, 0, 0);
-        const u16* const values_of_mean = mean_values + static_cast<i64>(group_of[t]) * DIM + index;
-        if (inside) of_mean = __ldg(reinterpret_cast<const uint4*>(values_of_mean));
+        if (inside)
+          of_mean =
+              __ldg(reinterpret_cast<const uint4*>(mean_values + static_cast<i64>(group_of[t]) * DIM + index));
 #endif
         u32 byte[8];
 #pragma unroll
