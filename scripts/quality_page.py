@@ -99,17 +99,22 @@ def measured_with(rows: list[Row], full: Row) -> str:
     return f"Full precision scores {full['scores']['overall']:.3f} in {full['steps']} steps. {facts}."
 
 
+def key_of(row: Row) -> tuple[str, str, str]:
+    """Model, method and bits of a line."""
+    return row["model"], row["method"], row["bits"]
+
+
 def centring_section(rows: list[Row], before: list[Row]) -> str:
     """Centred tokens as sums of two codes beside `before`, when means were multiplied apart."""
 
     def cells(of_form: list[Row], key: tuple[str, str, str]) -> list[str]:
-        chosen = [r for r in of_form if (r["model"], r["method"], r["bits"], r["status"]) == (*key, "ok")]
+        chosen = [r for r in of_form if key_of(r) == key and r["status"] == "ok"]
         if not chosen:
             return ["-", "-", "-"]
         return [spread([r["scores"]["overall"] for r in chosen]), f"{mean(r['psnr_db'] for r in chosen):.1f}",
                 f"{len(chosen)}"]  # fmt: skip
 
-    keys = distinct((r["model"], r["method"], r["bits"]) for r in before if r["status"] == "ok")
+    keys = distinct(key_of(r) for r in before if r["status"] == "ok")
     body = [
         [model, f"{bits}{' centred' if method != 'orbitdit' else ''}", *cells(before, key), *cells(rows, key)]
         for key in sorted(keys)
@@ -287,10 +292,10 @@ def pages(folder: Path) -> dict[str, str]:
     else:
         parts.append(NOTHING)
     before = read(folder / "before")[0]
-    if before:
-        centred = {(r["model"], r["method"], r["bits"]) for r in before}
-        parts.append(centring_section([r for r in runs if (r["model"], r["method"], r["bits"]) in centred], before))
-    parts += [section(velocities, tried, runs)] if velocities else []
+    centred = set(map(key_of, before))
+    now, others = ([r for r in runs if (key_of(r) in centred) == wanted] for wanted in (True, False))
+    parts += [centring_section(now, before)] if before else []
+    parts += [section(velocities, tried, [*others, *before])] if velocities else []
     models = {m: [r for r in watched if r["model"] == m] for m in distinct(r["model"] for r in watched)}
     if models:
         parts.append(mechanism_section(models))

@@ -9,8 +9,8 @@ orthogonal transform of the inputs in front of the recipe's own rotation R, and 
 with c_W(i) from R B w_i. Where a picture's mean token is kept apart, x is what is left of a token, and the mean's own
 product is added. All is on the points of e4m3, as `orbitdit` computes on a GPU: products of points are exact, sums in
 fp32. The variant "base" changes nothing: its codes are those of `quantize_` with the scale "unbiased-rows" and no
-tokens centred, its outputs those of the layers, up to the order of sums. "token-constant" and, where tokens are
-centred, "mean-16-constant" have become the default recipe.
+tokens centred, its outputs those of the layers, up to the order of sums. "token-constant" has become the default recipe
+and, where tokens are centred, "mean-16-constant", whose two products are one of a sum of codes there.
 
 All variants store the same bits as the default recipe, or a little less where they are allotted; only those with
 `own_balance` store a factor for each input. They, and those with `own_mean`, are not calibration-free in the strict
@@ -208,7 +208,7 @@ VARIANTS = {
     ),
     "mean-constant": Variant("mean token apart, scale unbiased on average", unbiased_on_average, centred=True),
     "mean-16-constant": Variant(
-        "mean of 16 tokens apart, scale unbiased on average: the default recipe here",
+        "mean of 16 tokens apart, scale unbiased on average: the default recipe when its means were multiplied apart",
         unbiased_on_average,
         centred=True,
         each=16,

@@ -32,7 +32,7 @@ GUIDED = "The velocity after guidance, which the sampler follows:"
 RAW = "The velocity with and without prompt, before guidance:"
 PICTURES = """What the pictures say: the share of full precision's score less the base's from the same rotation seeds,
 and PSNR less the base's, in dB; in brackets how many seeds. The base and the two that became the default
-recipe are as they run on the GPU; the others multiply the same points, but rotate in TF32."""
+recipe are as they ran on the GPU, means multiplied apart; the others multiply the same points, but rotate in TF32."""
 VARIANTS_TEXT = """**What paid.** A *token scale that is unbiased on average*, as the rows' is each for itself: PSNR
 rises at every setting on both models, and the score on glyphs, most at W3A3; on the embedded model the score stays, and
 SSIM falls a little at 2 and 3 bits, for what is no longer shrunk has more noise. It is a constant that the rows' scales
@@ -41,8 +41,8 @@ carry, takes nothing when a model runs, and is in the recipe now. The guided vel
 *Keeping a mean of the tokens apart* lowers the guided error everywhere. Alone it gains nothing in pictures: the mean is
 then exact, what is left of the tokens shrinks, and their balance is off. With the unbiased scale it does on glyphs, and
 on the embedded model PSNR rises. A mean of 16 consecutive tokens pays more than one of the whole picture, most where
-tokens have 3 bits, and is in the recipe at these settings. It takes time in each step (see the README). At W4A4 it
-raises PSNR by another decibel and no score: it is not in the recipe there.
+tokens have 3 bits, and is in the recipe at these settings, by now as the sum of two codes (see above). It takes time in
+each step (see the README). At W4A4 it raises PSNR by another decibel and no score: it is not in the recipe there.
 
 **What needs more than weights.** Looking at pictures that the model draws without a prompt tells what weights do not:
 a bias for what quantizing makes of the mean, and channels balanced by their energy (for 16 bits more for each input of
