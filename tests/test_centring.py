@@ -1,5 +1,6 @@
 """Tokens less a mean that they share: against an independent calculation, and what must not change."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +17,10 @@ from orbitdit.linear import share_inputs
 from orbitdit.model import packed_layers
 from orbitdit.ops import CUDA_GRIDS, ops
 from orbitdit.ops.rotate_encode import means
-from orbitdit.ops.rotate_encode.reference import apply_prologue, encode_tokens
+from orbitdit.ops.rotate_encode.reference import apply_prologue, encode_tokens, rotate_encode
 from orbitdit.quantize import QuantizedWeight
 from orbitdit.rotation import rotation
-from orbitdit.spec import TokenCode
+from orbitdit.spec import Encoding, TokenCode
 from orbitdit.tokens import Tokens
 from specs import key_of, orbit
 
@@ -207,6 +208,26 @@ def test_what_models_get(bits, size):
         assert row.spec.tokens.group_size == expected
         assert ("centred by 16" in row.coding) == bool(expected)
     assert {own.spec for _, own in packed_layers(model)} == {row.spec for row in found.layers}
+
+
+@pytest.mark.parametrize(("grid", "least", "most"), [("e4m3", 25.5, 28), ("int8", 38.5, 41)])
+@pytest.mark.parametrize("bits", [3, 4])
+@torch.no_grad()
+def test_how_far_the_sum_is_from_two_products(bits, grid, least, most):
+    """What older models give now, in dB to what they gave, as the changelog says: each code on the grid itself, and
+    four fifths of the energy in common."""
+    dim, encoding = 768, Encoding(768, bits, grid, 0, 16, True)
+    x = (random(256, dim) + 2 * random(1, dim, seed=1)).bfloat16()
+    weight = random(128, dim, seed=2)
+    mean, group = means.token_means(x[None], 16), means.groups_of(1, 256, 16, x.device)
+    less = (x.float() - mean.float()[group]).bfloat16()
+    parts = [rotate_encode(less, Encoding(dim, bits, grid)), rotate_encode(mean, Encoding(dim, 6, grid))]
+    own, of_mean = (values.float() * scales[:, None] for values, scales in parts)
+    values, scales = rotate_encode(x, encoding)
+    found = values.float() * scales[:, None] @ weight.T
+    assert (
+        least < -20 * math.log10(relative(found, (own + means.mean_gain(encoding) * of_mean[group]) @ weight.T)) < most
+    )
 
 
 def test_groups():

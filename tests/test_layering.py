@@ -67,7 +67,7 @@ MAY_IMPORT = {
     + "ops.rotate_encode.cuda ops.rotate_encode.reference spec",
     "explain": "config errors explanation fallbacks fusion model",
     "atomic": "errors",
-    "checkpoint": "errors",
+    "checkpoint": "errors manifest",
     "tensorfile": "checkpoint errors manifest",
     "convert": "checkpoint config errors fusion lines linear manifest model quantize spec tensorfile",
     "manifest": "codebooks codebooks.lloyd_max config errors ops.rotate_encode.means rotation spec",
@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "integrations": "integrations.diffusers integrations.saving integrations.single_file",
     "integrations.saving": "config errors integrations.diffusers manifest",
     "integrations.diffusers": "checkpoint config errors fusion linear manifest model policy quantize spec verify",
-    "integrations.single_file": "checkpoint config errors integrations.diffusers manifest verify",
+    "integrations.single_file": "atomic checkpoint config errors integrations.diffusers manifest verify",
     "files": "integrations.single_file",
     "integrations.folders": "checkpoint config errors integrations.diffusers integrations.single_file manifest "
     + "shapes.pipeline shapes.worlds verify",

@@ -47,21 +47,30 @@ def new_folder(target: str | os.PathLike[str], resume: bool = False) -> Iterator
         raise
 
 
-def write_new_file(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all. Raises CheckpointError where that cannot be done."""
-    with _written_to(path, "file"):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A file to write, beside `target`, that replaces it when the block ends and vanishes when it fails.
+
+    Raises CheckpointError where the target cannot be written.
+    """
+    with _written_to(target, "file"):
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
         try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield Path(name)
             os.chmod(name, 0o644)  # temporary files are made private
-            os.replace(name, path)
+            sync(Path(name))
+            os.replace(name, target)
         except BaseException:
             os.unlink(name)
             raise
-        sync(path.parent)
+        sync(target.parent)
+
+
+def write_new_file(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all. Raises as `new_file` does."""
+    with new_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:

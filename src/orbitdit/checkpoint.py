@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from orbitdit.errors import CheckpointError
+from orbitdit.manifest import DTYPES, read_header
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON = 1 << 26
@@ -63,13 +64,17 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 def packed_layers_in(files: Iterable[str | os.PathLike[str]]) -> dict[str, bool]:
     """The names of packed layers in safetensors files, and whether each is INT4 (has scales of groups)."""
-    found = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # no mapping
-                if name.endswith(".scales"):
-                    found[name.removesuffix(".scales")] = len(file.get_slice(name).get_shape()) == 2
-    return found
+    headers = (read_header(path).tensors for path in files)
+    scales = ((name, shape) for header in headers for name, (_, shape, *_) in header.items())
+    return {name.removesuffix(".scales"): len(shape) == 2 for name, shape in scales if name.endswith(".scales")}
+
+
+def shards_in(index: Path) -> dict[str, str]:
+    """Tensor -> file beside it, as an index of shards says. Raises CheckpointError unless all are plain names."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{index} has no weight_map: download or copy it again")
+    return {name: check_name(shard, index) for name, shard in shards.items()}
 
 
 def check_folder(folder: str | os.PathLike[str]) -> list[Path]:
@@ -78,11 +83,8 @@ def check_folder(folder: str | os.PathLike[str]) -> list[Path]:
     if not os.path.isdir(folder):
         raise CheckpointError(f"{folder} is no folder: name a model folder")
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-            raise CheckpointError(f"{index} has no weight_map: download or copy it again")
-        for shard in sorted(set(shards.values())):
-            check_file(folder / check_name(shard, index))
+        for shard in sorted(set(shards_in(index).values())):
+            check_file(folder / shard)
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         check_link(file, folder)
@@ -143,13 +145,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def most_common_dtype(files: Iterable[Path]) -> torch.dtype:
     """`main_dtype` of the tensors in safetensors files."""
-    named = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": FP8[0], "F8_E5M2": FP8[1]}
-    dtypes = []
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            names = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118  # no mapping
-            dtypes += [named[name] for name in names if name in named]
-    return main_dtype(dtypes)
+    names = [dtype for path in files for dtype, *_ in read_header(path).tensors.values()]
+    return main_dtype(DTYPES[name] for name in names if name in DTYPES)
 
 
 def main_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:

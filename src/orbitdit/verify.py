@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from orbitdit.checkpoint import read_json
+from orbitdit.checkpoint import read_json, shards_in
 from orbitdit.config import FORMAT_VERSION
 from orbitdit.errors import CheckpointError, OrbitDiTError
 from orbitdit.manifest import (
@@ -163,15 +163,9 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _indexed(index: Path) -> tuple[list[Path], list[str]]:
     """The files and tensor names that an index names."""
-    values = read_json(index)
-    shards = values.get("weight_map")
-    if not isinstance(values.get("metadata"), dict):  # diffusers needs it
+    shards = shards_in(index)
+    if not isinstance(read_json(index).get("metadata"), dict):  # diffusers needs it
         raise CheckpointError(f"{index} has no metadata: download or copy it again")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(f"{index} has no weight_map: download or copy it again")
-    for shard in shards.values():
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names {shard!r}, which is no file beside it: download or copy it again")
     return [index.parent / shard for shard in sorted(set(shards.values()))], list(shards)
 
 

@@ -7,7 +7,6 @@ file of ours says both, so once diffusers' module is loaded, `from_single_file` 
 
 import functools
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from diffusers.loaders import single_file_model
 from diffusers.models.model_loading_utils import load_model_dict_into_meta
 from torch import nn
 
+from orbitdit.atomic import new_file
 from orbitdit.checkpoint import most_common_dtype
 from orbitdit.config import OrbitQuantConfig
 from orbitdit.errors import CheckpointError, ModelError
@@ -44,15 +44,10 @@ def save_file(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state, metadata = quantizer.get_state_dict_and_metadata(model.state_dict(), safe_serialization=True)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as scratch:
-            beside = Path(scratch) / path.name
+        with new_file(path) as beside:
             safetensors.torch.save_file(tensors, beside, metadata={"format": "pt", **metadata})
             replace_metadata(beside)
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-            beside.chmod(0o644)
-            beside.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} cannot be written ({error}): choose another file") from error
 
 
