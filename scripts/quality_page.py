@@ -126,9 +126,24 @@ def centring_section(rows: list[Row], before: list[Row]) -> str:
 
 Until version 0.2.0 the means of centred tokens were multiplied apart, and all layers had them ("apart", commits
 {commits[0]}). Now a token's code is the sum of two, on the grid, and layers whose tokens are wider than most of the
-model's have none ("sum", commit {commits[1]}): behind an activation they gain nothing. W4A4 is not centred by default.
+model's have none ("sum", commit {commits[1]}): those behind an activation gain little by them, see the second table.
+W4A4 is not centred by default.
 
 {table(["model", "bits", *head], body)}"""
+
+
+def layers_section(rows: list[Row]) -> str:
+    """Which layers gain by centred tokens: PSNR by where they are."""
+    settings, found = distinct((r["bits"], r["seed"]) for r in rows), {}
+    for r in rows:
+        found[r["centred"], r["bits"], r["seed"]] = f"{r['psnr_db']:.1f}"
+    places = distinct(r["centred"] for r in rows)
+    body = [[place, *(found.get((place, *setting), "-") for setting in settings)] for place in places]
+    facts = "; ".join(", ".join(distinct(str(r[key]) for r in rows)) for key in ("gpu", "torch", "commit", "date"))
+    return f"""PSNR to full precision on the embedded model, {rows[0]["prompts"]} prompts in {rows[0]["steps"]}
+steps, by where tokens are centred (`scripts/centring.py`; {facts}):
+
+{table(["centred", *(f"{bits}, seed {seed}" for bits, seed in settings)], body)}"""
 
 
 def of(rows: list[Row], method: str, bits: str) -> list[Row]:
@@ -295,6 +310,8 @@ def pages(folder: Path) -> dict[str, str]:
     centred = set(map(key_of, before))
     now, others = ([r for r in runs if (key_of(r) in centred) == wanted] for wanted in (True, False))
     parts += [centring_section(now, before)] if before else []
+    where = [row for path in sorted((folder / "centring").glob("*.jsonl")) for row in read_lines(path)]
+    parts += [layers_section(where)] if where else []
     parts += [section(velocities, tried, [*others, *before])] if velocities else []
     models = {m: [r for r in watched if r["model"] == m] for m in distinct(r["model"] for r in watched)}
     if models:

@@ -164,7 +164,7 @@ def build_plan(model: str, layers: Iterable[Layer], config: OrbitQuantConfig) ->
 
 
 def _centred_where_it_pays(rows: list[LayerPlan]) -> Iterator[LayerPlan]:
-    """Without means for tokens that are wider than most: those behind a feed-forward's activation gain nothing by them,
+    """Without means for tokens that are wider than most: those behind a feed-forward's activation gain little by them,
     and are the dearest to centre (docs/quality.md). Nor for experts, which get tokens of all samples as one."""
     widths = Counter(row.in_features for row in rows if row.action == "quantize")
     usual = max(widths, key=lambda width: widths[width], default=0)
