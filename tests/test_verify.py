@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import nn
@@ -319,6 +320,18 @@ def test_pickles_and_other_models_are_not_saved(model, tmp_path):
     assert not (tmp_path / "new").exists()
     refusal(save_file, FLUX.build(), tmp_path / "x.safetensors", kind=ModelError)
     refusal(save_file, model, tmp_path / "gone" / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_are_not_saved_with_their_model(saved, tmp_path):
+    """Of a model that was loaded, and of one that was quantized in place."""
+    config = LoraConfig(r=2, target_modules=["to_q"])
+    loaded, own = FLUX.cls.from_pretrained(saved / "folder"), FLUX.build()
+    orbitdit.quantize_(own, OrbitQuantConfig("w4a4"), progress=False)
+    for adapted in (loaded, own):
+        adapted.add_adapter(config)
+        assert "adapters" in refusal(lambda model=adapted: model.save_pretrained(tmp_path / "new"))
+        assert "adapters" in refusal(save_file, adapted, tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 

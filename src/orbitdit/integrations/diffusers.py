@@ -93,7 +93,9 @@ class OrbitQuantizer(DiffusersQuantizer):
         self._model = None if state["_model"] is None else weakref.ref(state["_model"])
 
     def make_manifest(self, state_dict: dict[str, Any]) -> Manifest:
-        """The manifest of this quantizer's model, whose state is `state_dict`."""
+        """The manifest of this quantizer's model, whose state is `state_dict`. Raises CheckpointError for adapters."""
+        if any(".base_layer." in name for name in state_dict):
+            raise CheckpointError("adapters are not saved with a quantized model: save them apart, then unload them")
         model = self._model and self._model()
         if model is None:
             raise ModelError("the quantizer's model is gone: save the model that it was made for")
